@@ -1,0 +1,18 @@
+"""
+GPT-2 124M from scratch on 10 billion tokens of FineWeb, for eight GPUs. These are the defaults, written out.
+Expected validation loss: 3.29, as others have measured for this model and data (build-nanogpt, llm.c).
+"""
+out_dir = "out"
+dataset = "fineweb"      # 100 shards, 20 GB, fetched when missing
+
+n_layer = 12
+n_head = 12
+n_embd = 768
+block_size = 1024
+
+batch_size = 512         # 512 * 1,024 = 524,288 tokens a step, near the half million of the GPT-3 paper, table 2.1
+micro_batch_size = 16    # fits 24 GB; a power of two that divides batch_size is fine where there is more
+max_iters = 19073        # 10 billion tokens
+learning_rate = 6e-4     # GPT-3 paper, table 2.1
+warmup_iters = 700       # 367 million tokens; GPT-3 took 375 million
+weight_decay = 0.1

@@ -1,0 +1,106 @@
+"""
+Text from a trained model, shown as it is made.
+
+  python sample.py --out_dir=out-shakespeare                        from the best checkpoint of a run
+  python sample.py --init_from=gpt2 --prompt="The meaning of life"  from the released GPT-2, or gpt2-medium, -large, -xl
+  python sample.py --init_from=gpt2 --prompt_file=question.txt --num_samples=3 --temperature=0.8 --top_p=0.95
+"""
+
+import argparse
+import codecs
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from model import GPT, GPTConfig, InputError, check_sampling, copy_weights, load_checkpoint
+from prepare_data import Tokenizer, run
+from train import choose_device
+
+
+def load(init_from, out_dir):
+    """-> model in eval mode, its tokenizer"""
+    path = Path(init_from or out_dir)
+    if not init_from:
+        path = next((path / name for name in ("best.pt", "ckpt.pt") if (path / name).exists()), None)
+        if path is None:
+            raise InputError(f"{out_dir} holds no best.pt or ckpt.pt: train one with train.py, or try --init_from=gpt2")
+        checkpoint = load_checkpoint(path)
+        model = GPT(GPTConfig(**checkpoint["gpt_config"]))
+        copy_weights(model, checkpoint["model"], path)
+        return model.eval(), Tokenizer(checkpoint["tokenizer"])
+    model, tokenizer = GPT.from_pretrained(init_from), Tokenizer({"kind": "gpt2"})
+    if model.config.vocab_size < tokenizer.vocab_size:
+        raise InputError(f"{init_from} has {model.config.vocab_size} token ids, GPT-2's tokenizer {tokenizer.vocab_size}: a folder "
+                         f"of weights has no tokenizer; for a run of train.py use --out_dir")
+    return model, tokenizer
+
+
+def read_prompt(args, tokenizer):
+    """-> list of ids, at least one"""
+    if args.prompt is not None and args.prompt_file is not None:
+        raise InputError("give --prompt or --prompt_file, not both")
+    text = args.prompt
+    if args.prompt_file is not None:
+        try:
+            text = Path(args.prompt_file).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise InputError(f"{args.prompt_file} is not UTF-8 text") from None
+    if text is None:
+        return [tokenizer.start]   # as a document begins
+    if not text:
+        raise InputError("empty prompt: give at least one character, or leave --prompt out to start a new text")
+    return tokenizer.encode(text)
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="python sample.py [--out_dir=DIR | --init_from=NAME] [--prompt=TEXT] ... (--help for all)")
+    parser.add_argument("--out_dir", default="out", help="folder of a run of train.py (default: out)")
+    parser.add_argument("--init_from", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a Hugging Face folder of a GPT-2")
+    parser.add_argument("--prompt", help="text to continue (default: begin a new one)")
+    parser.add_argument("--prompt_file", help="a file with the text to continue, UTF-8")
+    parser.add_argument("--num_samples", type=int, default=1)
+    parser.add_argument("--max_new_tokens", type=int, default=500, help="a sample (default: 500)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest token (default: 0.8)")
+    parser.add_argument("--top_k", type=int, default=200, help="sample from the k likeliest tokens (default: 200)")
+    parser.add_argument("--top_p", type=float, help="sample from the likeliest tokens that reach this probability together")
+    parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "auto"))
+    args = parser.parse_args(argv)
+    check_sampling(args.temperature, args.top_k, args.top_p)
+    for name in ("num_samples", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise InputError(f"{name}={getattr(args, name)}: must be at least 1")
+
+    device, bf16, line = choose_device(args.device, args.dtype)
+    print(line, file=sys.stderr)
+    model, tokenizer = load(args.init_from, args.out_dir)
+    model.to(device)
+    prompt = read_prompt(args, tokenizer)
+    torch.manual_seed(args.seed)
+    made, start = 0, time.perf_counter()
+    for i in range(args.num_samples):
+        if i > 0:
+            print("-" * 80)
+        idx = torch.tensor([prompt], device=device)
+        # A character may be spread over several tokens: the decoder holds its first bytes until the last has come.
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        if args.prompt or args.prompt_file:
+            print(tokenizer.decode(prompt), end="", flush=True)
+        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+            stop = tokenizer.start if tokenizer.spec["kind"] == "gpt2" else None   # <|endoftext|>: the document is complete
+            for token in model.stream(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, stop, tokenizer.vocab_size):
+                made += 1
+                if token.item() != stop:
+                    print(decoder.decode(tokenizer.token_bytes(token.item())), end="", flush=True)
+        print(decoder.decode(b"", final=True), flush=True)
+    seconds = time.perf_counter() - start
+    print(f"{made} tokens in {seconds:.1f} s: {made / seconds:.1f} tokens/s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,938 @@
+"""
+The specification of prepare_data.py, train.py and sample.py: data, configuration, training, faults.
+Every kind of bad input ends in one clear line, exit status not 0, no traceback, and nothing on disk harmed.
+"""
+
+import codecs
+import csv
+import hashlib
+import http.server
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+import tiktoken
+import torch
+from torch.nn import functional as F
+
+import prepare_data
+import sample
+import train
+from model import GPT, GPTConfig, InputError
+from prepare_data import Data, Tokenizer, download, load_meta, prepare, prepare_text
+from train import TrainConfig, load_config
+
+HERE = Path(__file__).parent.resolve()
+SHAKESPEARE = HERE / "data" / "shakespeare" / "input.txt"
+torch.set_num_threads(1)   # the models here are so small that a second thread only makes them slower
+TINY = ["--dataset=tiny", "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=4", "--eval_iters=3",
+        "--max_iters=12", "--warmup_iters=2", "--learning_rate=1e-2", "--eval_interval=6", "--log_interval=3", "--device=cpu",
+        "--dtype=float32", "--compile=False"]
+LINES = "the cat sat on the mat.\nthe dog sat on the log.\nwho sat on the cat?\n"
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """Every test runs in a folder of its own, with a small prepared dataset and no proxy between it and its server."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "*")
+    Path("text.txt").write_text(LINES * 40, encoding="utf-8", newline="")
+    prepare_text(Path("data/tiny"), ["text.txt"], "char")
+    return tmp_path
+
+
+@pytest.fixture
+def gpt2_tokenizer():
+    try:
+        return Tokenizer({"kind": "gpt2"})
+    except InputError:
+        pytest.skip("the GPT-2 tokenizer is not on this machine and there is no network (set TIKTOKEN_CACHE_DIR)")
+
+
+def fails(script, *argv, match):
+    """Run a script's main as its command line does; it must end in one line on stderr, which is returned."""
+    sys.argv = [script.__name__, *map(str, argv)]
+    with pytest.raises(SystemExit, match=match) as e:
+        prepare_data.run(script.main)
+    assert e.value.code != 0 and "\n" not in str(e.value), e.value
+    return str(e.value)
+
+
+def checkpoint(path="out/ckpt.pt"):
+    return torch.load(path, weights_only=True)
+
+
+def same_weights(a, b):
+    return all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]) and a["model"].keys() == b["model"].keys()
+
+
+def rows(path="out/metrics.csv"):
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+def test_defaults_are_GPT2_124M_on_fineweb_and_config_gpt2_says_the_same():
+    assert load_config([]) == (TrainConfig(), GPTConfig())
+    assert load_config([str(HERE / "config/gpt2.py")]) == load_config([])
+
+
+@pytest.mark.parametrize("file", sorted(p.name for p in (HERE / "config").glob("*.py")))
+def test_every_config_file_is_valid(file):
+    load_config([str(HERE / "config" / file)])
+
+
+@pytest.mark.parametrize("argv", [["--learning_rate=1", "--eval_only", "--n_layer", "3", "--out_dir=a=b", "--seed", "7"],
+                                  ["--seed=7", "--eval_only=true", "--learning_rate", "1.0", "--out_dir", "a=b", "--n_layer=3"]])
+def test_flags_in_every_form(argv):
+    c, gpt_config = load_config(argv)
+    assert (c.learning_rate, c.eval_only, gpt_config.n_layer, c.out_dir, c.seed) == (1.0, True, 3, "a=b", 7)
+    assert type(c.learning_rate) is float   # an int is a fine float
+
+
+def test_later_files_win_over_earlier_and_flags_over_files():
+    Path("a.py").write_text("import math\ndef helper(): pass\n_private = 1\nn_layer = 5\nn_head = 4\nmax_iters = 10")
+    Path("b.py").write_text("n_layer = 6\nn_embd = 64\nmax_iters = 20")
+    c, gpt_config = load_config(["--max_iters=30", "a.py", "b.py"])
+    assert (gpt_config.n_layer, gpt_config.n_head, gpt_config.n_embd, c.max_iters) == (6, 4, 64, 30)
+
+
+def test_bare_flag_before_a_file_does_not_swallow_it():
+    Path("a.py").write_text("n_layer = 5")
+    c, gpt_config = load_config(["--eval_only", "a.py"])
+    assert c.eval_only and gpt_config.n_layer == 5
+
+
+def test_optional_settings_take_none():
+    assert load_config(["--compile=none"])[0].compile is None
+    assert load_config(["--compile"])[0].compile is True
+    assert load_config(["--min_lr=0"])[0].min_lr == 0.0
+
+
+def test_text_settings_stay_text():
+    assert load_config(["--dataset=123"])[0].dataset == "123"
+
+
+def test_help_lists_every_setting_with_default_and_comment(capsys):
+    with pytest.raises(SystemExit) as e:
+        load_config(["--help"])
+    out = capsys.readouterr().out
+    assert not e.value.code
+    for name in (*TrainConfig.__dataclass_fields__, *GPTConfig.__dataclass_fields__):
+        line = next(line for line in out.splitlines() if f" --{name}=" in line)
+        assert len(line.split(maxsplit=1)[1]) > 10, f"{name} has no comment"
+
+
+@pytest.mark.parametrize("argv, match", [
+    (["--learning_rat=1"], "learning_rat is not a setting, did you mean learning_rate"),
+    (["--zzz=1"], "zzz is not a setting"),
+    (["typo.py"], "typo.py: learning_rate_ is not a setting, did you mean learning_rate"),
+    (["--n_layer=four"], "n_layer='four' is of type str, must be int"),
+    (["--n_layer=4.0"], "n_layer=4.0 is of type float, must be int"),
+    (["--n_layer=True"], "n_layer=True is of type bool, must be int"),
+    (["--n_layer"], "n_layer=True is of type bool, must be int"),
+    (["--eval_only=1"], "eval_only=1 is of type int, must be bool"),
+    (["--min_lr=low"], "min_lr='low' is of type str, must be float or None"),
+    (["type.py"], "type.py: out_dir=7 is of type int, must be str"),
+    (["missing.py"], "cannot read the config file missing.py: No such file"),
+    (["."], "cannot read the config file ."),
+    (["latin.py"], "cannot read the config file latin.py: not UTF-8"),
+    (["raises.py"], "raises.py, line 2: ZeroDivisionError: division by zero"),
+    (["syntax.py"], "syntax.py, line 2: SyntaxError"),
+    (["--n_embd=100", "--n_head=3"], "n_embd=100 is not divisible by n_head=3"),
+    (["--batch_size=0"], "batch_size=0: must be at least 1"),
+    (["--learning_rate=-1"], "learning_rate=-1.0: must not be negative"),
+    (["--dtype=float16"], "dtype='float16': must be auto, float32 or bfloat16"),
+    (["--beta2=1"], "beta2=1.0"),
+    ([*TINY, "--batch_size=6", "--micro_batch_size=4"], "batch_size=6 is not a multiple of micro_batch_size=4"),
+    ([*TINY, "--device=tpu9"], "device=tpu9"),
+    ([*TINY, "--vocab_size=5"], "vocab_size=5 is less than the 17 ids")])
+def test_bad_configuration_is_one_clear_line(argv, match):
+    Path("typo.py").write_text("learning_rate_ = 1")
+    Path("type.py").write_text("out_dir = 7")
+    Path("latin.py").write_bytes("out_dir = 'é'".encode("latin1"))
+    Path("raises.py").write_text("n_layer = 1\nn_head = 1 / 0")
+    Path("syntax.py").write_text("n_layer = 1\nn_head = = 2")
+    fails(train, *argv, match=match)
+    assert not Path("out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Preparing data
+
+def ids(split, folder="data/tiny", dtype=np.uint16):
+    return np.fromfile(Path(folder) / f"{split}.bin", dtype=dtype).tolist()
+
+
+def test_characters_train_on_the_first_nine_tenths_and_come_back():
+    meta, text = load_meta("data/tiny"), LINES * 40
+    tokenizer, n = Tokenizer(meta["tokenizer"]), int(0.9 * len(text))
+    assert tokenizer.decode(ids("train")) == text[:n] and tokenizer.decode(ids("val")) == text[n:]
+    assert meta["vocab_size"] == len(set(text)) == tokenizer.vocab_size and meta["dtype"] == "uint16"
+    assert meta["train"] == {"train.bin": n} and meta["source_sha256"] == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_vocabulary_is_of_the_training_split_and_the_rest_is_counted(capsys):
+    Path("a.txt").write_text("abc" * 30 + "xyzzy" + "cba", encoding="utf-8")
+    prepare_data.main(["--input", "a.txt", "--name", "letters"])
+    assert "5 characters of the validation split do not occur in the training split" in capsys.readouterr().out
+    assert load_meta("data/letters")["tokenizer"]["chars"] == "abc" and Tokenizer({"kind": "char", "chars": "abc"}).decode(ids("val", "data/letters")) == "bccba"
+
+
+def test_several_files_are_one_text_and_characters_of_many_bytes_are_never_torn(monkeypatch):
+    text = "aé€😀\r\n" * 500
+    raw = text.encode()
+    Path("a.txt").write_bytes(raw[:6000])   # a boundary between files stands between characters, one between reads need not
+    Path("b.txt").write_bytes(raw[6000:])
+    assert raw[:6000].decode()
+    real = open
+    monkeypatch.setattr("builtins.open", lambda path, mode="r", *a, **k: Trickle(real(path, mode)) if mode == "rb" else real(path, mode, *a, **k))
+    prepare_text(Path("data/t"), ["a.txt", "b.txt"], "char")
+    tokenizer = Tokenizer(load_meta("data/t")["tokenizer"])
+    train_text = tokenizer.decode(ids("train", "data/t"))
+    assert train_text + tokenizer.decode(ids("val", "data/t")) == text
+    assert abs(len(train_text.encode()) - 0.9 * len(raw)) < 4
+
+
+class Trickle:
+    """A file that gives 7 bytes at a time."""
+    def __init__(self, f):
+        self.f = f
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        self.f.close()
+
+    def read(self, n):
+        return self.f.read(7)
+
+    def __getattr__(self, name):
+        return getattr(self.f, name)
+
+
+def test_piecewise_byte_pairs_are_those_of_the_whole_text(monkeypatch, gpt2_tokenizer):
+    rng = random.Random(0)
+    text = "".join(rng.choice([" ", "  ", "\n", "\n\n", "don't", "word", " 123", "é€", "😀", "...", "\t", "end "]) for _ in range(4000)) + "last"
+    Path("a.txt").write_text(text, encoding="utf-8", newline="")
+    real = open
+    monkeypatch.setattr("builtins.open", lambda path, mode="r", *a, **k: Trickle(real(path, mode)) if mode == "rb" else real(path, mode, *a, **k))
+    prepare_data.main(["--input", "a.txt", "--tokenizer", "gpt2", "--name", "bpe"])
+    raw = text.encode()
+    head = raw[:int(0.9 * len(raw))].decode(errors="ignore")
+    expected = tiktoken.get_encoding("gpt2")
+    assert ids("train", "data/bpe") == expected.encode_ordinary(head)
+    assert ids("val", "data/bpe") == expected.encode_ordinary(text[len(head):])
+
+
+def test_ids_past_65535_get_32_bits(monkeypatch):
+    text = "".join(chr(i) for i in range(0x4000, 0x4000 + 30_000)) + "".join(chr(i) for i in range(0x10000, 0x10000 + 40_000))
+    Path("many.txt").write_text(text + text[-9:] * 3500, encoding="utf-8")
+    prepare_text(Path("data/many"), ["many.txt"], "char")
+    meta = load_meta("data/many")
+    assert meta["vocab_size"] > 65536 and meta["dtype"] == "uint32"
+    assert Tokenizer(meta["tokenizer"]).decode(ids("train", "data/many", np.uint32)[:70_000]) == text
+
+
+def test_memory_does_not_grow_with_the_text():
+    peaks = []
+    for megabytes in (8, 32):
+        with open("big.txt", "w", encoding="utf-8") as f:
+            for _ in range(megabytes):
+                f.write("to be or not to be, "[:16] * 65536)
+        tracemalloc.start()
+        prepare_text(Path("data/big"), ["big.txt"], "char")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 1_000_000
+
+
+def test_stdlib_needs_no_network(monkeypatch):
+    root = Path("lib")
+    for name, text in {"a.py": "x = 1\n" * 200, "sub/b.py": "y = 2\n" * 200, "test/c.py": "tested", "d.py": "é" * 99, "e.txt": "no"}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text, encoding="utf-8", newline="")
+    monkeypatch.setattr(prepare_data.sysconfig, "get_paths", lambda: {"stdlib": str(root)})
+    prepare("stdlib")
+    assert sum(load_meta("data/stdlib")["train"].values()) == 2160 and "é" not in load_meta("data/stdlib")["tokenizer"]["chars"]
+    monkeypatch.setattr(prepare_data.sysconfig, "get_paths", lambda: {"stdlib": "nowhere"})
+    fails(prepare_data, "stdlib", match="no Python files in nowhere")
+
+
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason="data/shakespeare/input.txt is not here")
+def test_real_shakespeare_is_1003854_and_111540_tokens_of_65_characters(capsys):
+    Path("data/shakespeare").mkdir()
+    shutil.copy(SHAKESPEARE, "data/shakespeare/input.txt")
+    prepare_data.main(["shakespeare"])
+    meta = load_meta("data/shakespeare")
+    assert (meta["train"], meta["val"], meta["vocab_size"]) == ({"train.bin": 1003854}, {"val.bin": 111540}, 65)
+
+
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason="data/shakespeare/input.txt is not here")
+def test_real_shakespeare_in_byte_pairs_is_301966_and_36059_tokens(gpt2_tokenizer):
+    Path("data/shakespeare").mkdir()
+    shutil.copy(SHAKESPEARE, "data/shakespeare/input.txt")   # found there: one copy serves both datasets
+    prepare("shakespeare_bpe")
+    meta = load_meta("data/shakespeare_bpe")
+    assert (meta["train"], meta["val"], meta["vocab_size"]) == ({"train.bin": 301966}, {"val.bin": 36059}, 50257)
+
+
+def shard(path, tokens):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+
+
+def test_fineweb_shards_with_their_header(gpt2_tokenizer):
+    for i, name in enumerate(["val_000000", "train_000001", "train_000002"]):
+        shard(f"data/fineweb/fineweb_{name}.bin", np.arange(100 * i, 100 * i + 50 + i))
+    prepare_data.main(["fineweb", "--shards", "2"])   # files that lie there are used
+    meta = load_meta("data/fineweb")
+    assert meta["train"] == {"fineweb_train_000001.bin": 51, "fineweb_train_000002.bin": 52} and meta["header_bytes"] == 1024
+    data = Data(Path("data/fineweb"), meta, "train", 10, seed=0)
+    assert data.n == 10 and data.window(0).tolist() == list(range(100, 111)) and data.window(9).tolist() == list(range(240, 251))
+
+
+@pytest.mark.parametrize("spoil", [lambda raw: raw[:-1], lambda raw: raw + b"\0", lambda raw: raw[:100], lambda raw: b"\0" * 1024 + raw[1024:]])
+def test_broken_shard_is_refused(spoil):
+    for name in ("val_000000", "train_000001"):
+        shard(f"data/fineweb/fineweb_{name}.bin", np.arange(50))
+    path = Path("data/fineweb/fineweb_val_000000.bin")
+    path.write_bytes(spoil(path.read_bytes()))
+    fails(prepare_data, "fineweb", match="fineweb_val_000000.bin is not a whole token shard")
+
+
+@pytest.mark.parametrize("argv, match", [
+    (["shakespeer"], "unknown dataset 'shakespeer', did you mean 'shakespeare'"),
+    (["fineweb", "--shards=0"], "--shards=0: fineweb has 1 to 103"),
+    (["--input", "empty.txt", "--name", "x"], "empty.txt: empty text"),
+    (["--input", "missing.txt", "--name", "x"], "missing.txt is not a file"),
+    (["--input", "latin.txt", "--name", "x"], r"latin.txt is not UTF-8 text \(byte 3\)"),
+    (["--input", "cut.txt", "--name", "x"], r"cut.txt is not UTF-8 text \(byte 1\)")])
+def test_bad_text_is_one_clear_line_and_leaves_no_dataset(argv, match):
+    Path("empty.txt").write_text("")
+    Path("latin.txt").write_bytes("caf\u00e9!".encode("latin1"))
+    Path("cut.txt").write_bytes("a€".encode()[:-1])
+    fails(prepare_data, *argv, match=match)
+    assert not Path("data/x/meta.json").exists() and not list(Path("data").glob("x/*.tmp"))
+
+
+@pytest.mark.parametrize("argv", [[], ["shakespeare", "--input", "text.txt"], ["--input", "text.txt"], ["stdlib", "--shards=x"]])
+def test_bad_usage_is_exit_status_2(argv, capsys):
+    with pytest.raises(SystemExit) as e:
+        prepare_data.main(argv)
+    assert e.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_disk_is_checked_first(monkeypatch):
+    monkeypatch.setattr(prepare_data.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    fails(prepare_data, "--input", "text.txt", "--name", "x", match="tokenizing needs .* MB in data.x, 0 MB are free")
+    fails(prepare_data, "fineweb", match="fineweb with 1 shard.* needs 400 MB")
+
+
+def test_no_tokenizer_and_no_network_says_what_to_copy(monkeypatch):
+    def no_network(name):
+        raise requests.ConnectionError
+    monkeypatch.setattr(prepare_data.tiktoken, "get_encoding", no_network)
+    fails(prepare_data, "--input", "text.txt", "--tokenizer=gpt2", "--name", "x", match="TIKTOKEN_CACHE_DIR")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Downloads, from a server of our own
+
+class Server(http.server.BaseHTTPRequestHandler):
+    files, fault, asked = {}, None, []
+
+    def do_GET(self):
+        self.asked.append((self.path, self.headers.get("Range"), self.headers.get("Authorization")))
+        body = self.files.get(self.path)
+        if body is None or self.fault == "500":
+            return self.send_error(404 if body is None else 500)
+        if self.path.startswith("/hub/"):   # large files of the Hub: the hash comes with a redirect to where the bytes are
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/hub"))
+            self.send_header("X-Linked-Etag", f'"{hashlib.sha256(body).hexdigest()}"')
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        start = int(self.headers["Range"][6:-1]) if self.headers.get("Range") and self.fault != "no ranges" else 0
+        if start >= len(body):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        self.wfile.write(body[start:start + 300_000] if self.fault == "cut" else body[start:])
+        self.close_connection = True
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    Server.files, Server.fault, Server.asked = {"/f": bytes(range(256)) * 4000}, None, []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+def digest(path):
+    return hashlib.sha256(Server.files[path]).hexdigest()
+
+
+def test_download_arrives_whole_and_verified(server):
+    download(f"{server}/f", "new/folder/f", digest("/f"))
+    assert Path("new/folder/f").read_bytes() == Server.files["/f"] and len(list(Path("new/folder").iterdir())) == 1
+
+
+def test_download_that_breaks_goes_on_where_it_stopped(server):
+    Server.fault = "cut"
+    with pytest.raises(InputError, match="run the same command again"):
+        download(f"{server}/f", "f", digest("/f"))
+    assert not Path("f").exists() and Path("f.part").stat().st_size >= 300_000 - 65536
+    Server.fault = None
+    download(f"{server}/f", "f", digest("/f"))
+    assert Path("f").read_bytes() == Server.files["/f"] and Server.asked[-1][1].startswith("bytes=") and not Path("f.part").exists()
+
+
+@pytest.mark.parametrize("fault", ["no ranges", None])
+@pytest.mark.parametrize("part", [b"", b"stale" * 300_000])
+def test_server_without_ranges_or_a_part_that_is_too_long_starts_again(server, fault, part):
+    Server.fault = fault
+    Path("f.part").write_bytes(part)
+    download(f"{server}/f", "f", digest("/f"))
+    assert Path("f").read_bytes() == Server.files["/f"]
+
+
+def test_wrong_hash_is_refused_and_the_next_try_starts_anew(server):
+    Path("f").write_text("what was there")
+    with pytest.raises(InputError, match="wrong sha256"):
+        download(f"{server}/f", "f", "0" * 64)
+    assert Path("f").read_text() == "what was there" and not Path("f.part").exists()
+
+
+def test_hash_of_the_hub_is_checked(server):
+    Server.files["/hub/f"] = b"another file"
+    with pytest.raises(InputError, match="wrong sha256"):
+        download(f"{server}/hub/f", "f")
+    Server.files["/hub/f"] = Server.files["/f"]
+    download(f"{server}/hub/f", "f")
+    assert Path("f").read_bytes() == Server.files["/f"]
+
+
+@pytest.mark.parametrize("fault, path, match", [("500", "/f", "answered 500"), (None, "/missing", "answered 404")])
+def test_http_error_is_one_clear_line(server, fault, path, match):
+    Server.fault = fault
+    with pytest.raises(InputError, match=match):
+        download(server + path, "f")
+    assert not list(Path().glob("f*"))
+
+
+def test_no_network_names_address_file_and_what_works_without(monkeypatch):
+    monkeypatch.setitem(prepare_data.SHAKESPEARE, "url", "http://127.0.0.1:9/input.txt")
+    line = fails(train, "--dataset=shakespeare", match="no connection could be made")
+    assert "http://127.0.0.1:9/input.txt" in line and str(Path("data/shakespeare/input.txt")) in line and "stdlib" in line
+
+
+def test_shakespeare_is_downloaded_and_a_file_that_lies_there_is_verified(server, monkeypatch):
+    Server.files["/input.txt"] = (LINES * 99).encode()
+    monkeypatch.setitem(prepare_data.SHAKESPEARE, "url", f"{server}/input.txt")
+    monkeypatch.setitem(prepare_data.SHAKESPEARE, "sha256", digest("/input.txt"))
+    prepare("shakespeare")
+    shutil.rmtree("data/shakespeare")
+    Path("data/shakespeare").mkdir()
+    Path("data/shakespeare/input.txt").write_bytes(Server.files["/input.txt"])
+    asked = len(Server.asked)
+    prepare("shakespeare")
+    assert len(Server.asked) == asked
+    Path("data/shakespeare/input.txt").write_text("not Shakespeare")
+    fails(prepare_data, "shakespeare", match="wrong sha256")
+    assert Path("data/shakespeare/input.txt").read_text() == "not Shakespeare"
+
+
+def test_released_weights_come_from_HF_ENDPOINT_once(server, monkeypatch):
+    GPT(GPTConfig(8, 17, 1, 2, 16)).save_pretrained("made")
+    for file in ("config.json", "model.safetensors"):
+        Server.files[f"/openai-community/gpt2/resolve/main/{file}"] = Path("made", file).read_bytes()
+    monkeypatch.setenv("HF_ENDPOINT", f"{server}/")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    GPT.from_pretrained("gpt2")
+    assert len(Server.asked) == 2 and Server.asked[0][2] == "Bearer secret"
+    assert GPT.from_pretrained("gpt2").config.n_embd == 16 and len(Server.asked) == 2
+    assert sorted(p.name for p in Path("checkpoints/gpt2").iterdir()) == ["config.json", "model.safetensors"]
+    download(f"{server.replace('127.0.0.1', 'localhost')}/f", "f")
+    assert Server.asked[-1][2] is None   # the token is for the Hub alone
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The order of data
+
+def numbered(n=1000, block_size=8, seed=3):
+    """A dataset whose token i is the number i."""
+    Path("data/n").mkdir(exist_ok=True)
+    np.arange(n, dtype=np.uint16).tofile("data/n/train.bin")
+    meta = dict(dtype="uint16", vocab_size=n, header_bytes=0, train={"train.bin": n})
+    return Data(Path("data/n"), meta, "train", block_size, seed)
+
+
+def test_every_token_is_seen_once_an_epoch():
+    data = numbered()
+    for epoch in range(3):
+        x, y = data.batch(range(epoch * data.n, (epoch + 1) * data.n))
+        assert torch.equal(y, (x + 1) % 1000)
+        assert len(set(x.flatten().tolist())) == x.numel() == data.n * 8 > 1000 - 2 * 8
+
+
+def test_epochs_differ_in_order_and_in_where_windows_begin():
+    data = numbered()
+    first, second = (data.batch(range(e * data.n, (e + 1) * data.n))[0][:, 0] for e in range(2))
+    assert not torch.equal(first, second) and set((first % 8).tolist()) != set((second % 8).tolist())
+
+
+def test_batch_is_a_function_of_seed_and_number_alone():
+    data = numbered()
+    later = [data.batch(range(i, i + 4)) for i in range(0, 400, 4)]
+    for i in (396, 0, 124):   # in any order, in any process, split in any way
+        for part in (range(i, i + 2), range(i + 2, i + 4)):
+            assert torch.equal(numbered().batch(part)[0], later[i // 4][0][part.start - i:part.stop - i])
+    assert not torch.equal(numbered(seed=4).batch(range(4))[0], later[0][0])
+
+
+def test_memory_of_reading_is_flat_over_1000_steps():
+    data = numbered(60_000)
+    tracemalloc.start()
+    for step in range(1000):
+        data.batch(range(step * 32, step * 32 + 32))
+        if step == 100:
+            before = tracemalloc.get_traced_memory()[0]
+    assert tracemalloc.get_traced_memory()[0] < before + 200_000   # windows kept would be 17 MB
+    tracemalloc.stop()
+    if sys.platform == "linux":
+        assert "train.bin" not in Path("/proc/self/maps").read_text()   # nothing mapped that could grow unseen
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A dataset that is not what it says
+
+def edit_meta(**changes):
+    path = Path("data/tiny/meta.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def truncate(path, n):
+    Path(path).write_bytes(Path(path).read_bytes()[:n])
+
+
+@pytest.mark.parametrize("spoil, match", [
+    (lambda: Path("data/tiny/meta.json").unlink(), "unknown dataset 'tiny'"),
+    (lambda: Path("data/tiny/meta.json").write_text("{"), "meta.json is broken"),
+    (lambda: Path("data/tiny/meta.json").write_bytes(b"\xff"), "meta.json is broken"),
+    (lambda: Path("data/tiny/meta.json").write_text("[]"), "meta.json is broken"),
+    (lambda: Path("data/tiny/meta.json").write_text("{}"), "meta.json is broken"),
+    (lambda: edit_meta(tokenizer={"kind": "words"}), "unknown tokenizer"),
+    (lambda: edit_meta(tokenizer={"kind": "char"}), "meta.json is broken"),
+    (lambda: edit_meta(tokenizer={"kind": "char", "chars": "abc"}), "vocab_size=17, but its tokenizer has 3"),
+    (lambda: edit_meta(dtype="float99"), "meta.json is broken"),
+    (lambda: edit_meta(train=[1]), "meta.json is broken"),
+    (lambda: Path("data/tiny/train.bin").unlink(), "train.bin is missing"),
+    (lambda: truncate("data/tiny/train.bin", 2001), "train.bin has 2,001 bytes"),
+    (lambda: truncate("data/tiny/val.bin", 4), "val.bin has 4 bytes"),
+    (lambda: np.full(2448, 17, np.uint16).tofile("data/tiny/train.bin"), "train.bin holds the id 17, its vocabulary ends at 16")])
+def test_broken_dataset_is_one_clear_line(spoil, match):
+    spoil()
+    fails(train, *TINY, match=match)
+    assert not Path("out/ckpt.pt").exists()
+
+
+def test_text_shorter_than_one_block():
+    fails(train, *TINY, "--block_size=300", match="val split has 272 tokens, and one sequence of block_size=300 needs 301")
+    assert not Path("out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+def test_run_leaves_checkpoints_metrics_a_curve_a_sample_and_the_next_command(capsys):
+    train.main(TINY)
+    out = capsys.readouterr().out
+    assert out.startswith("device: cpu (as asked), float32 (as asked)")
+    for text in ("batch: 4 sequences = 1 accumulation step(s) x 4 x 1 process; 32 tokens a step", "step 3/12 | loss", "tokens/s",
+                 "step 12: validation loss", "█", "python sample.py --out_dir=out"):
+        assert text in out
+    assert sorted(p.name for p in Path("out").iterdir()) == ["best.pt", "ckpt.pt", "metrics.csv"]
+    table = rows()
+    assert list(table[0]) == "step,tokens,train_loss,val_loss,lr,grad_norm,tokens_per_s,elapsed_s".split(",")
+    assert [(r["step"], bool(r["val_loss"])) for r in table] == [("0", True), ("3", False), ("6", False), ("6", True), ("9", False), ("12", False), ("12", True)]
+    assert float(table[-1]["val_loss"]) < float(table[0]["val_loss"])
+
+
+def test_checkpoint_holds_plain_names_and_all_that_sampling_needs():
+    train.main(TINY)
+    saved = checkpoint()
+    assert saved.keys() == {"model", "optimizer", "gpt_config", "train_config", "step", "best_val_loss", "rng", "tokenizer"}
+    model = GPT(GPTConfig(**saved["gpt_config"]))
+    model.load_state_dict(saved["model"])
+    assert saved["optimizer"].keys() == dict(model.named_parameters()).keys()
+    assert TrainConfig(**saved["train_config"]) == load_config(TINY)[0] and saved["step"] == 12
+    assert saved["tokenizer"] == load_meta("data/tiny")["tokenizer"]
+
+
+def test_validation_loss_is_the_mean_over_the_whole_split():
+    train.main([*TINY, "--eval_iters=1000", "--batch_size=5", "--micro_batch_size=5"])
+    saved = checkpoint()
+    model = GPT(GPTConfig(**saved["gpt_config"]))
+    model.load_state_dict(saved["model"])
+    val = torch.tensor(ids("val"))
+    n = (len(val) - 1) // 8   # written out anew: 35 windows, of which batches of 5 leave none over; 3 would
+    logits, _ = model.eval()(val[:n * 8].view(n, 8))
+    expected = F.cross_entropy(logits.flatten(0, 1), val[1:n * 8 + 1]).item()
+    assert float(rows()[-1]["val_loss"]) == pytest.approx(expected, abs=2e-6)
+
+
+@pytest.mark.parametrize("micro", [1, 3, 4, 7])
+def test_validation_loss_does_not_depend_on_the_micro_batch(micro, capsys):
+    Data_ = Data(Path("data/tiny"), load_meta("data/tiny"), "val", 8, 0)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(8, 17, 1, 2, 16))
+    loss = lambda size: train.evaluate(model, model, Data_, TrainConfig(batch_size=4, micro_batch_size=size, eval_iters=4), train.nullcontext(), "cpu")
+    assert loss(micro) == pytest.approx(loss(16), rel=1e-6)
+
+
+def test_accumulation_changes_nothing_but_rounding():
+    train.main([*TINY, "--out_dir=whole"])
+    train.main([*TINY, "--out_dir=parts", "--micro_batch_size=1"])
+    for a, b in zip(rows("whole/metrics.csv"), rows("parts/metrics.csv"), strict=True):
+        for key in ("train_loss", "val_loss", "grad_norm"):
+            assert a[key] == b[key] == "" or float(a[key]) == pytest.approx(float(b[key]), rel=1e-4)
+
+
+def test_first_step_equals_one_written_out_by_hand():
+    """Loss, clipping, decay on matrices only, AdamW: against torch's own pieces, without train.py."""
+    train.main([*TINY, "--max_iters=1", "--weight_decay=0.5", "--grad_clip=0.1", "--warmup_iters=0"])
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(8, 17, 2, 2, 16))
+    x, y = Data(Path("data/tiny"), load_meta("data/tiny"), "train", 8, 1337).batch(range(4))
+    model(x, y)[1].backward()
+    norm = torch.sqrt(sum((p.grad ** 2).sum() for p in model.parameters()))
+    row = next(r for r in rows() if r["grad_norm"])
+    assert float(row["grad_norm"]) == pytest.approx(norm.item(), rel=1e-4) and norm > 0.1
+    saved = checkpoint()["model"]
+    for name, p in model.named_parameters():
+        g = p.grad * 0.1 / norm
+        decayed = p * (1 - 1e-2 * 0.5) if p.dim() == 2 else p
+        expected = decayed - 1e-2 * g / (g.abs() + 1e-8)   # AdamW's first step: both averages, corrected, are g and g*g
+        assert torch.allclose(saved[name], expected, atol=2e-6), name
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine():
+    c = TrainConfig(learning_rate=1.0, min_lr=0.2, warmup_iters=10, lr_decay_iters=110, max_iters=200)
+    assert [train.lr_at(s, c) for s in (0, 9, 10, 60, 110, 150)] == pytest.approx([1 / 11, 10 / 11, 1.0, 0.6, 0.2, 0.2])
+    assert train.lr_at(200, TrainConfig(learning_rate=1.0, warmup_iters=0, max_iters=200)) == pytest.approx(0.1)
+
+
+def test_bf16_and_compile_train_too(capsys):
+    train.main([*TINY, "--dtype=bfloat16", "--max_iters=6"])
+    assert float(rows()[-1]["val_loss"]) < float(rows()[0]["val_loss"])
+
+
+def test_compile_that_fails_falls_back_and_says_why(monkeypatch, capsys):
+    def broken(model):
+        def forward(x, y):
+            raise RuntimeError("no compiler\non this machine")
+        return forward
+    monkeypatch.setattr(train.torch, "compile", broken)
+    train.main([*TINY, "--compile=True"])
+    assert "torch.compile failed, going on without it: RuntimeError: no compiler" in capsys.readouterr().out
+    assert checkpoint()["step"] == 12
+
+
+def test_best_is_kept_apart_from_last():
+    train.main([*TINY, "--learning_rate=1e-2", "--max_iters=24"])
+    best, values = checkpoint("out/best.pt"), [float(r["val_loss"]) for r in rows() if r["val_loss"]]
+    train.main([*TINY, "--init_from=resume", "--learning_rate=3", "--min_lr=3", "--max_iters=36"])   # ruins the model
+    worse = [float(r["val_loss"]) for r in rows() if r["val_loss"]][-1]
+    assert worse > min(values) and same_weights(best, checkpoint("out/best.pt")) and not same_weights(best, checkpoint())
+    assert checkpoint()["best_val_loss"] == pytest.approx(min(values), abs=1e-5)
+
+
+def test_eval_only_prints_the_loss_and_touches_nothing(capsys):
+    train.main(TINY)
+    before = {p: p.read_bytes() for p in Path("out").iterdir()}
+    train.main([*TINY, "--init_from=resume", "--eval_only"])
+    assert f"validation loss {float(rows()[-1]['val_loss']):.4f}" in capsys.readouterr().out.splitlines()[-1]
+    assert before == {p: p.read_bytes() for p in Path("out").iterdir()}
+
+
+def test_scratch_run_keeps_what_an_earlier_run_left(capsys):
+    train.main(TINY)
+    first = checkpoint()
+    train.main([*TINY, "--seed=5"])
+    assert same_weights(checkpoint("out/old_ckpt.pt"), first) and not same_weights(checkpoint(), first)
+    assert "ckpt.pt of an earlier run is now" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Resuming and starting from weights
+
+@pytest.mark.parametrize("at", [4, 6, 11])
+def test_resumed_run_is_exact_to_the_bit(at):
+    flags = [*TINY, "--dropout=0.2", "--micro_batch_size=2", "--checkpoint_interval=1", "--lr_decay_iters=12"]
+    train.main([*flags, "--out_dir=whole"])
+    train.main([*flags, f"--max_iters={at}"])
+    train.main([*flags, "--init_from=auto"])
+    a, b = checkpoint(), checkpoint("whole/ckpt.pt")
+    assert same_weights(a, b)
+    for name, state in a["optimizer"].items():
+        assert all(torch.equal(v, b["optimizer"][name][k]) for k, v in state.items())
+    keys = ("step", "train_loss", "val_loss", "lr", "grad_norm")
+    resumed = [tuple(r[k] for k in keys) for r in rows() if int(r["step"]) % 3 == 0]   # the stop at 4 or 11 adds a line of its own
+    assert resumed == [tuple(r[k] for k in keys) for r in rows("whole/metrics.csv") if int(r["step"]) % 3 == 0]
+
+
+def test_auto_starts_where_there_is_nothing_to_resume():
+    train.main([*TINY, "--init_from=auto"])
+    assert checkpoint()["step"] == 12
+
+
+def test_changed_settings_are_named_on_resume(capsys):
+    train.main(TINY)
+    train.main([*TINY, "--init_from=resume", "--batch_size=8", "--max_iters=14"])
+    assert "batch_size was 4, is 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv, match", [
+    (["--n_embd=32"], "has another architecture: n_embd is 16 there, not 32"),
+    (["--block_size=4"], "another architecture: block_size is 8 there, not 4"),
+    (["--bias=False"], "another architecture: bias is True there, not False"),
+    (["--out_dir=elsewhere"], "elsewhere.ckpt.pt does not exist: nothing to resume"),
+    (["--dataset=other"], "trained with another tokenizer than data/other")])
+def test_resuming_what_does_not_fit_is_one_clear_line(argv, match):
+    train.main(TINY)
+    Path("other.txt").write_text("another alphabet?\n" * 50)
+    prepare_text(Path("data/other"), ["other.txt"], "char")
+    before = Path("out/ckpt.pt").read_bytes()
+    fails(train, *TINY, "--init_from=resume", *argv, match=match)
+    assert Path("out/ckpt.pt").read_bytes() == before
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+@pytest.mark.parametrize("spoil, match", [
+    (lambda raw: raw[:len(raw) // 2], "ckpt.pt is cut short or not a checkpoint"),
+    (lambda raw: raw[:-1], "ckpt.pt is cut short or not a checkpoint"),
+    (lambda raw: b"", "ckpt.pt is cut short or not a checkpoint"),
+    (lambda raw: b"hello", "ckpt.pt"),
+    (lambda raw: torch.save({"model": RunsCode()}, "evil.pt") or Path("evil.pt").read_bytes(), "could run code"),
+    (lambda raw: torch.save({"model": {}}, "evil.pt") or Path("evil.pt").read_bytes(), "is not a checkpoint of train.py"),
+    (lambda raw: torch.save(checkpoint() | {"gpt_config": {"n_legs": 4}}, "evil.pt") or Path("evil.pt").read_bytes(), "is not a checkpoint of train.py"),
+    (lambda raw: torch.save(checkpoint() | {"optimizer": {}}, "evil.pt") or Path("evil.pt").read_bytes(), "optimizer's state is not of this model"),
+    (lambda raw: torch.save(checkpoint() | {"model": {"wte.weight": torch.ones(1)}}, "evil.pt") or Path("evil.pt").read_bytes(), r"lacks 27 tensor\(s\)")])
+def test_broken_or_hostile_checkpoint_is_one_clear_line(spoil, match):
+    train.main(TINY)
+    spoilt = spoil(Path("out/ckpt.pt").read_bytes())
+    Path("out/ckpt.pt").write_bytes(spoilt)
+    Path("out/best.pt").unlink()
+    fails(train, *TINY, "--init_from=resume", match=match)
+    assert Path("out/ckpt.pt").read_bytes() == spoilt and not Path("harmed").exists()
+    if "optimizer" not in match:
+        fails(sample, "--out_dir=out", match=match)
+
+
+def test_folder_of_weights_or_a_run_is_a_start(capsys):
+    train.main([*TINY, "--out_dir=first"])
+    GPT.from_pretrained("first").save_pretrained("weights")
+    for folder in ("first", "weights"):
+        train.main([*TINY, f"--init_from={folder}", "--eval_interval=1", "--max_iters=1"])
+        assert float(rows()[0]["val_loss"]) == pytest.approx(float(rows("first/metrics.csv")[-1]["val_loss"]), abs=1e-5)
+        assert checkpoint()["step"] == 1   # a new run: its own steps, its own optimizer
+
+
+def test_weights_may_be_trained_on_with_a_shorter_block_size():
+    train.main([*TINY, "--out_dir=first"])
+    GPT.from_pretrained("first").save_pretrained("weights")
+    flags = [f for f in TINY if not f.startswith(("--n_", "--block_size"))]
+    train.main([*flags, "--init_from=weights", "--block_size=4", "--dropout=0.1"])
+    assert checkpoint()["gpt_config"] == dict(checkpoint("first/ckpt.pt")["gpt_config"], block_size=4, dropout=0.1)
+
+
+@pytest.mark.parametrize("argv, match", [
+    (["--init_from=weights", "--n_embd=32"], "weights has another architecture: n_embd is 16 there, not 32"),
+    (["--init_from=weights", "--block_size=16"], "block_size=16: weights has only 8 positions"),
+    (["--init_from=weights", "--dataset=other"], "weights has 17 token ids, data/other 9"),
+    (["--init_from=nowhere"], "nowhere: not one of gpt2, gpt2-medium")])
+def test_weights_that_do_not_fit_are_one_clear_line(argv, match):
+    GPT(GPTConfig(8, 17, 2, 2, 16)).save_pretrained("weights")
+    Path("other.txt").write_text("another one\n" * 50)
+    prepare_text(Path("data/other"), ["other.txt"], "char")
+    fails(train, *TINY, *argv, match=match)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Faults
+
+def test_out_dir_that_cannot_be_written():
+    Path("occupied").write_text("a file")
+    fails(train, *TINY, "--out_dir=occupied/out", match="occupied")
+    assert Path("occupied").read_text() == "a file"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+def test_full_disk_leaves_the_previous_checkpoint_whole():
+    train.main([*TINY, "--max_iters=6"])
+    before = Path("out/ckpt.pt").read_bytes()
+    Path("out/ckpt.pt.tmp").symlink_to("/dev/full")
+    fails(train, *TINY, "--init_from=resume", match="cannot save out.ckpt.pt .*what was there before is untouched")
+    assert Path("out/ckpt.pt").read_bytes() == before and checkpoint()["step"] == 6
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_loss_that_is_not_finite_stops_before_anything_is_overwritten(where, monkeypatch):
+    train.main([*TINY, "--max_iters=6"])
+    before = {p: p.read_bytes() for p in Path("out").glob("*.pt")}
+    forward = GPT.forward
+
+    def bad(self, idx, targets=None):
+        logits, loss = forward(self, idx, targets)
+        if self.training:
+            loss = loss * float("nan") if where == "loss" else loss + (self.ln_f.weight - self.ln_f.weight.detach()).abs().sqrt().sum()
+        return logits, loss
+    monkeypatch.setattr(GPT, "forward", bad)
+    for flags in ([], ["--checkpoint_interval=1"]):
+        fails(train, *TINY, "--init_from=resume", *flags, match="step [79]: loss .*Nothing was overwritten")
+        assert before == {p: p.read_bytes() for p in Path("out").glob("*.pt")}
+
+
+def start(*argv, script="train.py"):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(HERE / script), *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, encoding="utf-8")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_finishes_the_step_saves_and_exits_0(number):
+    process = start(*TINY, "--max_iters=1000000", "--eval_interval=1000000", "--checkpoint_interval=1000000")
+    while "| loss" not in process.stdout.readline():
+        pass
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and err == ""
+    assert out.splitlines()[-1].endswith("--checkpoint_interval=1000000 --init_from=resume") and checkpoint()["step"] > 0
+
+
+def test_command_line_prints_one_line_and_no_traceback():
+    for script, argv in (("train.py", ["--n_laye=3"]), ("sample.py", ["--out_dir=nowhere"]), ("prepare_data.py", ["nothing"])):
+        process = start(*argv, script=script)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 1 and err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
+        assert len([line for line in err.splitlines() if not line.startswith("device:")]) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def killed_run_equals_whole_run(kills, steps):
+    flags = [*TINY, f"--max_iters={steps}", "--dropout=0.1", "--checkpoint_interval=1", "--eval_interval=50", "--log_interval=50"]
+    process = start(*flags, "--out_dir=whole")
+    assert process.wait(timeout=300) == 0
+    rng, died = random.Random(time.time_ns()), 0
+    while died < kills:
+        process = start(*flags, "--init_from=auto")
+        while (line := process.stdout.readline()) and not line.startswith("step "):
+            pass
+        time.sleep(rng.random() * 0.4)
+        process.kill()
+        process.wait()
+        died += process.returncode == -signal.SIGKILL
+        assert not Path("out/ckpt.pt").exists() or checkpoint()["step"] <= steps   # readable after every kill
+        if Path("out/ckpt.pt").exists() and checkpoint()["step"] == steps:
+            break
+    assert start(*flags, "--init_from=auto").wait(timeout=300) == 0
+    assert checkpoint()["step"] == steps and same_weights(checkpoint(), checkpoint("whole/ckpt.pt"))
+    return died
+
+
+def test_killed_twice_and_resumed_is_exact_to_the_bit():
+    assert killed_run_equals_whole_run(kills=2, steps=400) == 2
+
+
+@pytest.mark.slow
+def test_killed_ten_times_and_resumed_is_exact_to_the_bit():
+    assert killed_run_equals_whole_run(kills=10, steps=2000) == 10
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers and sampling
+
+@pytest.mark.parametrize("text", ["", "Hello world", "naïve café 😀\n\ttab", " leading", "日本語"])
+def test_tokenizers_give_back_the_text(text, gpt2_tokenizer):
+    for tokenizer in (gpt2_tokenizer, Tokenizer({"kind": "char", "chars": "".join(sorted(set(text)))})):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_sample_streams_prompt_and_text_and_reports_speed(capsys):
+    train.main(TINY)
+    capsys.readouterr()
+    sample.main(["--out_dir=out", "--prompt=the cat", "--max_new_tokens=20", "--num_samples=2", "--top_k=5", "--top_p=0.9", "--device=cpu"])
+    out, err = capsys.readouterr()
+    first, second = out.split("-" * 80 + "\n")
+    assert first.startswith("the cat") and len(first) == len(second) == len("the cat") + 20 + 1 and first != second
+    assert err.splitlines()[-1].startswith("40 tokens in ") and "tokens/s" in err
+
+
+def test_sample_is_repeatable_and_greedy_ignores_the_seed(capsys):
+    train.main(TINY)
+    def text(*flags):
+        capsys.readouterr()
+        sample.main(["--out_dir=out", "--max_new_tokens=30", "--device=cpu", *flags])
+        return capsys.readouterr().out
+    assert text("--seed=1") == text("--seed=1") != text("--seed=2")
+    assert text("--seed=1", "--temperature=0") == text("--seed=2", "--temperature=0")
+
+
+def test_prompt_from_a_file_and_a_prompt_with_equal_signs(capsys):
+    train.main(TINY)
+    Path("p.txt").write_text("the dog\n", newline="")
+    capsys.readouterr()
+    sample.main(["--out_dir=out", "--prompt_file=p.txt", "--max_new_tokens=5", "--device=cpu"])
+    assert capsys.readouterr().out.startswith("the dog\n")
+
+
+def test_character_of_several_tokens_is_shown_whole(capsys, monkeypatch, gpt2_tokenizer):
+    """Every piece of output is text that stays: no half character that would be mended later."""
+    text = "😀é日本"
+    ids = gpt2_tokenizer.encode(text)
+    assert len(ids) > len(text)
+    monkeypatch.setattr(sample, "load", lambda *a: (GPT(GPTConfig(8, 50257, 1, 2, 16)).eval(), gpt2_tokenizer))
+    monkeypatch.setattr(GPT, "stream", lambda *a: iter(torch.tensor(ids).view(-1, 1, 1)))
+    pieces = []
+    monkeypatch.setattr("builtins.print", lambda *a, **k: pieces.append("".join(a)) if "file" not in k else None)
+    sample.main(["--device=cpu"])
+    assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("argv, match", [
+    (["--prompt=Quetzal"], "does not know the character"), (["--prompt="], "empty prompt"), (["--prompt_file=none.txt"], "none.txt"),
+    (["--prompt_file=latin.txt"], "latin.txt is not UTF-8"), (["--prompt=a", "--prompt_file=text.txt"], "not both"),
+    (["--temperature=-0.5"], "temperature=-0.5"), (["--top_k=0"], "top_k=0"), (["--top_p=0"], "top_p=0"), (["--top_p=1.5"], "top_p=1.5"),
+    (["--num_samples=0"], "num_samples=0"), (["--max_new_tokens=0"], "max_new_tokens=0"), (["--out_dir=nowhere"], "nowhere holds no best.pt"),
+    (["--init_from=nowhere"], "nowhere: not one of"), (["--device=tpu9"], "device=tpu9")])
+def test_bad_sampling_input_is_one_clear_line(argv, match):
+    train.main(TINY)
+    Path("latin.txt").write_bytes("caf\u00e9!".encode("latin1"))
+    fails(sample, "--device=cpu", *argv, match=match)
