@@ -75,6 +75,9 @@ class TrainConfig:
             raise InputError(f"beta1={self.beta1}, beta2={self.beta2}: both must be at least 0 and less than 1")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise InputError(f"dtype={self.dtype!r}: must be auto, float32 or bfloat16")
+        self.micro_batch_size = min(self.micro_batch_size, self.batch_size)
+        if self.batch_size % self.micro_batch_size:
+            raise InputError(f"batch_size={self.batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}: change one")
 
 
 def load_config(argv):
@@ -302,8 +305,8 @@ class Log:
         self.path, self.rows = path, []
         if resume_step is not None and path.exists():   # rows after the checkpoint will be written again
             with open(path, newline="", encoding="utf-8") as f:
-                self.rows = [r for r in csv.DictReader(f) if int(r["step"]) < resume_step
-                             or int(r["step"]) == resume_step and not r["val_loss"]]
+                whole = [r for r in csv.DictReader(f) if None not in r.values()]   # the last may be cut short by a crash
+            self.rows = [r for r in whole if int(r["step"]) < resume_step or int(r["step"]) == resume_step and not r["val_loss"]]
         with replacing(path) as f:
             f.write(("\n".join([",".join(self.FIELDS)] + [",".join(r[k] for k in self.FIELDS) for r in self.rows]) + "\n").encode())
 
@@ -352,9 +355,7 @@ def main(argv):
     print(f"model: {model.num_params() / 1e6:.2f}M parameters; data: {folder}, {train_data.n * block_size:,} training tokens")
 
     # batch arithmetic
-    micro = min(c.micro_batch_size, c.batch_size)
-    if c.batch_size % micro:
-        raise InputError(f"batch_size={c.batch_size} is not a multiple of micro_batch_size={micro}: change one of them")
+    micro = c.micro_batch_size
     tokens_per_step = c.batch_size * block_size
     print(f"batch: {c.batch_size} sequences = {c.batch_size // micro} accumulation step(s) x {micro} x 1 process; "
           f"{tokens_per_step:,} tokens a step, {c.max_iters:,} steps, {c.max_iters * c.batch_size / train_data.n:.2g} epochs")
