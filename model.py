@@ -1,25 +1,28 @@
 """
-GPT-2 in one file: the model, text generation, and the released weights, loaded exactly.
+GPT-2 in one file, and the three changes that made it a modern decoder: rotary positions, grouped-query attention and
+sliding-window attention, each behind a boolean of GPTConfig. With all three on it is the architecture of StarCoder2.
 
-Read it top to bottom: configuration, attention, MLP, block, the whole model, sampling, then loading and saving.
+Read it top to bottom: configuration, who sees whom, attention, cache, block, the whole model, generation. How weights are
+read from and written to files is in weights.py.
 
 Sources
-  GPT-2    Radford et al. 2019, "Language Models are Unsupervised Multitask Learners";
-           its released code, https://github.com/openai/gpt-2/blob/master/src/model.py
-  GPT      Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training"
+  GPT-2      Radford et al. 2019, "Language Models are Unsupervised Multitask Learners";
+             its released code, https://github.com/openai/gpt-2/blob/master/src/model.py
+  GPT        Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training"
   attention  Vaswani et al. 2017, "Attention Is All You Need", section 3.2
+  RoPE       Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding", sections 3.2 and 3.4.2
+  GQA        Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints"
+  window     Beltagy et al. 2020, "Longformer: The Long-Document Transformer", section 3.1
 
 Dimension key, used everywhere
-  B batch   T tokens   C channels (n_embd)   H heads   D head width (C = H*D)   V vocabulary   L layers
+  B batch   T query tokens   S key tokens   C channels (n_embd)   V vocabulary   L layers
+  H query heads   K key/value heads (K = H unless use_gqa)   D head width (C = H*D)   W window
+
+A window of W means: token i sees token j where 0 <= i - j < W, that is W tokens, itself included.
 """
 
-import json
 import math
-import os
-import pickle
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -40,38 +43,190 @@ class GPTConfig:
     n_embd: int = 768         # channels of the residual stream
     dropout: float = 0.0      # 0 for pretraining; 0.1 or more where the text is small
     bias: bool = True         # biases in linear layers and layer norms, as GPT-2 has them
+    tied: bool = True         # one matrix as token embedding and head, as GPT-2 has it; larger StarCoder2 have two
+    use_rope: bool = False    # rotary embeddings instead of wpe
+    rope_theta: float = 10000.0   # the slowest pair of channels turns once in about 2*pi*rope_theta tokens
+    use_gqa: bool = False     # n_kv_head key/value heads, each shared by n_head/n_kv_head query heads
+    n_kv_head: int | None = None   # with use_gqa: 1 is multi-query, n_head is multi-head attention
+    use_swa: bool = False     # each token sees itself and the window_size-1 tokens before it
+    window_size: int | tuple[int, ...] | None = None   # with use_swa: one for all layers, or one a layer; 0 = full attention
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
                 raise InputError(f"{name}={getattr(self, name)!r}: must be a whole number, at least 1")
         if self.n_embd % self.n_head:
-            raise InputError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
-                             f"each head takes n_embd/n_head channels")
+            raise InputError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: each head takes n_embd/n_head channels")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout={self.dropout}: must be at least 0 and less than 1")
+        if self.use_rope and (self.n_embd // self.n_head) % 2:
+            raise InputError(f"use_rope with n_embd={self.n_embd}, n_head={self.n_head}: a head of {self.n_embd // self.n_head} "
+                             f"channels is odd, and RoPE turns pairs; change n_embd or n_head")
+        if self.rope_theta != GPTConfig.rope_theta and not self.use_rope or not self.rope_theta > 0:
+            raise InputError(f"rope_theta={self.rope_theta}: must be positive, and needs use_rope=True")
+        if self.use_gqa != (self.n_kv_head is not None):
+            raise InputError(f"use_gqa={self.use_gqa} with n_kv_head={self.n_kv_head}: set both or neither")
+        if self.use_gqa and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
+            raise InputError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}: "
+                             f"each key/value head serves n_head/n_kv_head query heads")
+        if self.use_swa != (self.window_size is not None):
+            raise InputError(f"use_swa={self.use_swa} with window_size={self.window_size}: set both or neither")
+        if isinstance(self.window_size, list):
+            self.window_size = tuple(self.window_size)
+        if len(self.windows) != self.n_layer or not all(isinstance(w, int) and w >= 0 for w in self.windows):
+            raise InputError(f"window_size={self.window_size} with n_layer={self.n_layer}: one whole number, or one for each "
+                             f"layer; 0 = full attention")
+
+    @property
+    def windows(self):
+        """The window of every layer; 0 = full attention."""
+        return self.window_size if isinstance(self.window_size, tuple) else (self.window_size or 0,) * self.n_layer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Positions and windows
+
+def rotate(x, pos, theta):
+    """
+    Turn each pair of channels by an angle proportional to the token's position: x (B,H,T,D), pos (T,) -> (B,H,T,D).
+
+    Channel d is paired with channel d + D/2, as in the released models (the paper pairs neighbours: the same up to a
+    permutation of channels). Pair d turns by pos * theta^(-2d/D). A product of a turned query and a turned key depends on
+    the difference of the angles alone, so on how far apart the tokens are (RoFormer, equations 11 to 16). In float32:
+    bfloat16 cannot tell position 257 from 256.
+    """
+    D = x.shape[-1]
+    frequency = theta ** (torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / -D)   # (D/2,)
+    angle = pos[:, None].float() * frequency                                                  # (T,D/2)
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x.float().chunk(2, dim=-1)                                                         # (B,H,T,D/2) each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+
+def visible(query_pos, key_pos, window):
+    """Who sees whom, the one rule: (T,), (S,) positions -> (T,S) bool. window 0 = no limit"""
+    distance = query_pos[:, None] - key_pos
+    return (distance >= 0) & (distance < (window or torch.inf)) & (key_pos >= 0)   # -1 marks an empty slot of the cache
+
+
+def attend(q, k, v, mask=None, dropout=0.0):
+    r"""
+    softmax(q k' / sqrt(D)) v for q (B,H,T,D), k and v (B,K,S,D) -> (B,H,T,D). mask (T,S) bool, True = seen; None = causal,
+    or everything where there is one query. Query head h reads key/value head h // (H/K):
+
+      multi-head (K = H)      grouped (K = H/2)       multi-query (K = 1)
+      q  0  1  2  3           q  0  1  2  3           q  0  1  2  3
+         |  |  |  |               \/    \/                \  \/  /
+      kv 0  1  2  3           kv   0     1            kv      0
+    """
+    group, T = q.shape[1] // k.shape[1], q.shape[2]
+    if T == 1 and mask is None:   # decoding: the heads of a group become the queries of one head, and no key is copied
+        q_BKGD = q.reshape(q.shape[0], k.shape[1], group, -1)
+        return F.scaled_dot_product_attention(q_BKGD, k, v, dropout_p=dropout).view(q.shape)
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
+
+
+def attend_in_blocks(q, k, v, window, dropout=0.0):
+    """
+    Sliding-window attention of whole sequences in O(T*W) time and memory, for T > W (Longformer, section 3.1): cut the
+    sequence into blocks of W. What a block sees lies in itself and the block before it, and nowhere else.
+    """
+    B, T = q.shape[0], q.shape[2]
+    q, k, v = (F.pad(t, (0, 0, 0, -T % window)).unflatten(2, (-1, window)) for t in (q, k, v))   # (B,H,T,D) -> (B,H,n,W,D)
+    first = attend(q[:, :, 0], k[:, :, 0], v[:, :, 0], dropout=dropout)                            # has no block before it
+    k, v = (torch.cat((t[:, :, :-1], t[:, :, 1:]), dim=3) for t in (k, v))                         # (B,K,n-1,2W,D)
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q[:, :, 1:], k, v))                       # (B*(n-1),H,W,D)
+    pos = torch.arange(2 * window, device=q.device)
+    rest = attend(q, k, v, visible(pos[window:], pos, window), dropout)
+    rest = rest.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)                                # (B,H,(n-1)*W,D)
+    return torch.cat((first, rest), dim=2)[:, :, :T]
+
+
+class LayerCache:
+    """
+    Keys and values of one layer, (B,K,slots,D) each, and the position of the token in every slot (-1 = empty).
+
+    With a window the slots are a ring: the token at position p goes to slot p % W, over the one that has just left the
+    window. W = 4, positions in the slots after 4, 5, 6 and 7 tokens:   0 1 2 3    4 1 2 3    4 5 2 3    4 5 6 3
+    Without a window the slots double when they are full.
+    """
+
+    def __init__(self, window):
+        self.window, self.length, self.pos = window, 0, None   # length: tokens taken in so far
+
+    def update(self, k, v, pos):
+        """Take in k, v (B,K,T,D) of the tokens at pos (T,) -> the k, v, pos of all that one of these tokens may look at."""
+        if self.pos is None:   # now dtype and device are known
+            slots = self.window or 64
+            self.k, self.v = (torch.zeros(*t.shape[:2], slots, t.shape[3], device=t.device, dtype=t.dtype) for t in (k, v))
+            self.pos = torch.full((slots,), -1, device=k.device)
+        self.length += len(pos)
+        while not self.window and self.length > len(self.pos):
+            self.k, self.v = (F.pad(t, (0, 0, 0, len(self.pos))) for t in (self.k, self.v))
+            self.pos = F.pad(self.pos, (0, len(self.pos)), value=-1)
+        slots = len(self.pos)
+        seen = self.k, self.v, self.pos
+        if len(pos) > 1 and self.length > slots:   # the first of these tokens still see what the last replace: keep a copy
+            seen = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2), torch.cat((self.pos, pos))
+            k, v, pos = k[:, :, -slots:], v[:, :, -slots:], pos[-slots:]
+        slot = pos % slots
+        self.k[:, :, slot], self.v[:, :, slot], self.pos[slot] = k, v, pos
+        if self.length < slots:
+            seen = self.k[:, :, :self.length], self.v[:, :, :self.length], self.pos[:self.length]
+        return seen
+
+
+class KVCache:
+    """What a model remembers of a batch of sequences, so that new tokens need not compute the old ones again."""
+
+    def __init__(self, config, batch_size):
+        self.config, self.batch_size = config, batch_size
+        self.reset()
+
+    def reset(self):
+        """Forget everything."""
+        self.layers = [LayerCache(window) for window in self.config.windows]
+
+    @property
+    def length(self):
+        """Number of tokens taken in, which is the position of the next one."""
+        return self.layers[-1].length
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention: every token gathers from itself and the tokens before it. (B,T,C) -> (B,T,C)"""
+    """Every token gathers from itself and the tokens before it, all or a window of them. (B,T,C) -> (B,T,C)"""
 
-    def __init__(self, config):
+    def __init__(self, config, window):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)   # queries, keys, values in one product
+        self.H, self.K, self.D = config.n_head, config.n_kv_head or config.n_head, config.n_embd // config.n_head
+        self.theta, self.window, self.dropout = config.use_rope and config.rope_theta, window, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, (self.H + 2 * self.K) * self.D, bias=config.bias)   # q, k, v in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x):
+    def forward(self, x, pos, cache=None):
         B, T, C = x.shape
-        heads = self.c_attn(x).view(B, T, 3 * self.n_head, -1).transpose(1, 2)        # (B,T,3C) -> (B,3H,T,D)
-        q_BHTD, k_BHTD, v_BHTD = heads.split(self.n_head, dim=1)
-        # softmax(q k' / sqrt(D)) v without ever storing the (T,T) scores, where the device has such a kernel
-        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True,
-                                                dropout_p=self.dropout if self.training else 0.0)
-        y = self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))                      # heads side by side again
+        heads = self.c_attn(x).view(B, T, -1, self.D).transpose(1, 2)            # (B,H+2K,T,D)
+        qk, v_BKTD = heads.split((self.H + self.K, self.K), dim=1)
+        if self.theta:
+            qk = rotate(qk, pos, self.theta)                                     # before the cache: a key is turned once
+        q_BHTD, k_BKTD = qk.split((self.H, self.K), dim=1)
+        dropout = self.dropout if self.training else 0.0
+        if cache is not None and cache.length > 0:
+            k_BKSD, v_BKSD, key_pos = cache.update(k_BKTD, v_BKTD, pos)
+            mask = visible(pos, key_pos, self.window) if T > 1 else None         # one token sees all that the cache has kept
+            y_BHTD = attend(q_BHTD, k_BKSD, v_BKSD, mask, dropout)
+        else:
+            blocks = 0 < self.window < T
+            y_BHTD = (attend_in_blocks(q_BHTD, k_BKTD, v_BKTD, self.window, dropout) if blocks else
+                      attend(q_BHTD, k_BKTD, v_BKTD, dropout=dropout))
+            if cache is not None:
+                cache.update(k_BKTD, v_BKTD, pos)
+        y = self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))                 # heads side by side again
         return F.dropout(y, self.dropout, self.training)
 
 
@@ -92,15 +247,15 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Each half normalises its input and adds its output to the residual stream (pre-norm: GPT-2, section 2.3)."""
 
-    def __init__(self, config):
+    def __init__(self, config, window):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)   # eps 1e-5, as GPT-2's
-        self.attn = Attention(config)
+        self.attn = Attention(config, window)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, pos, cache=None):
+        x = x + self.attn(self.ln_1(x), pos, cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -112,11 +267,13 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)   # token embedding
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)   # position embedding, learned
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        if not config.use_rope:
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)   # position embedding, learned
+        self.h = nn.ModuleList(Block(config, window) for window in config.windows)
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.wte.weight                       # tied (GPT, section 4.1: one matrix in and out)
+        if config.tied:
+            self.lm_head.weight = self.wte.weight                   # one matrix in and out (GPT, section 3.1)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -126,25 +283,42 @@ class GPT(nn.Module):
                 residual = name.endswith("c_proj.weight")
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, cache=None):
         """
-        idx      (B,T) int64 token ids, T at most block_size
+        idx      (B,T) int64 token ids; without RoPE at most block_size of them, the cache's tokens counted in
         targets  (B,T) int64, the token that follows each one; -1 = do not count this position
+        cache    from new_cache(B): idx continues what the cache has seen, and is added to it
         returns  logits (B,T,V), loss: mean cross-entropy in nats a token, None without targets
-        raises   ValueError if T is longer than block_size: there are no more learned positions
+        raises   ValueError for more tokens than there are learned positions, or a cache of another batch size or model
         """
-        T = idx.shape[1]
-        if T > self.config.block_size:
-            raise InputError(f"{T} tokens are more than block_size={self.config.block_size}: shorten the input")
-        x = self.wte(idx) + self.wpe(torch.arange(T, device=idx.device))   # (B,T,C) + (T,C)
-        x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.h:
-            x = block(x)
-        logits = self.lm_head(self.ln_f(x))
+        logits = self.lm_head(self.hidden(idx, cache))
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
+
+    def hidden(self, idx, cache=None):
+        """The normalised residual stream that the head reads: (B,T) -> (B,T,C)"""
+        B, T = idx.shape
+        if cache is not None and (cache.batch_size != B or cache.config != self.config):
+            raise InputError(f"the cache was made for batch size {cache.batch_size} and {cache.config}, this is batch size {B} "
+                             f"and {self.config}: take model.new_cache({B})")
+        start = cache.length if cache is not None else 0
+        if not self.config.use_rope and start + T > self.config.block_size:
+            raise InputError(f"{start + T} tokens are more than block_size={self.config.block_size}, and every learned position "
+                             f"is one of those: shorten the input")
+        pos = torch.arange(start, start + T, device=idx.device)
+        x = self.wte(idx)                                                        # (B,T,C)
+        if not self.config.use_rope:
+            x = x + self.wpe(pos)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for i, block in enumerate(self.h):
+            x = block(x, pos, cache.layers[i] if cache is not None else None)
+        return self.ln_f(x)
+
+    def new_cache(self, batch_size):
+        """An empty cache, to be passed to forward: first a prompt, whole or in chunks, then one or several tokens a call."""
+        return KVCache(self.config, batch_size)
 
     def num_params(self):
         """Number of trained values; the tied embedding and head count once."""
@@ -153,11 +327,14 @@ class GPT(nn.Module):
     def flops_per_token(self, T):
         """
         Floating-point operations to train on one token of a sequence of T: for every weight of a matrix 2 forward and 4
-        backward (Kaplan et al. 2020, section 2.1), and in every layer 2*T*C each for q k' and for the weighted sum of v.
+        backward (Kaplan et al. 2020, section 2.1), and in every layer 2*S*C each for q k' and for the weighted sum of v,
+        where S keys are computed for a query: T, or in blocks W for the first block and 2W for the others.
         """
         c = self.config
-        weights = sum(p.numel() for p in self.parameters() if p.dim() == 2) - self.wpe.weight.numel()   # wpe is looked up
-        return 6 * weights + 3 * c.n_layer * 4 * T * c.n_embd
+        weights = sum(p.numel() for name, p in self.named_parameters() if p.dim() == 2 and name != "wpe.weight")
+        weights += 0 if c.tied else -self.wte.weight.numel()   # embeddings are looked up, not multiplied
+        keys = sum((2 * math.ceil(T / W) - 1) * W * W / T if 0 < W < T else T for W in c.windows)
+        return 6 * weights + 3 * 4 * keys * c.n_embd
 
     # ------------------------------------------------------------------------------------------------------------------
     # Generation
@@ -168,15 +345,20 @@ class GPT(nn.Module):
         if idx.shape[1] == 0:
             raise InputError("empty prompt: give at least one token")
         check_sampling(temperature, top_k, top_p)
+        endless = self.config.use_rope and all(self.config.windows)   # nothing in it knows how long the text has become
+        size, cache, new = self.config.block_size, self.new_cache(len(idx)), idx
         done = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size:])
-            token = sample(logits[:, -1, :vocab_size], temperature, top_k, top_p)
+            if not endless and cache.length + new.shape[1] > size:    # no position is left: read the last ones anew
+                cache.reset()
+                new = idx[:, -size:]
+            logits = self.lm_head(self.hidden(new, cache)[:, -1])     # the head is costly: only where it is needed
+            new = sample(logits[:, :vocab_size], temperature, top_k, top_p)
             if stop_token is not None:
-                token[done] = stop_token      # a row that has ended stays ended
-                done |= token == stop_token
-            yield token
-            idx = torch.cat((idx, token), dim=1)
+                new[done] = stop_token      # a row that has ended stays ended
+                done |= new == stop_token
+            yield new
+            idx = torch.cat((idx, new), dim=1)[:, -size:]
             if done.all():
                 return
 
@@ -189,7 +371,9 @@ class GPT(nn.Module):
         top_p        keep only the likeliest tokens that together reach probability p (Holtzman et al. 2020, section 3.1)
         stop_token   end a row at this id, fill it up with the same, and return once every row has ended
         vocab_size   never sample an id at or past this: for a vocabulary padded beyond its tokenizer
-        returns      (B, T + new), new at most max_new_tokens; each token sees at most the block_size tokens before it
+        returns      (B, T + new), new at most max_new_tokens. With RoPE and a window in every layer, memory and time a
+                     token stay constant for ever; otherwise past block_size the last block_size tokens are read anew
+                     for each token, as GPT-2 has no further positions and no model was trained on more
         raises       ValueError for an empty prompt, temperature < 0, top_k < 1 or top_p outside (0, 1]
         """
         new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop_token, vocab_size)
@@ -204,49 +388,27 @@ class GPT(nn.Module):
         A model with trained weights, in eval mode, float32 on the CPU.
 
         name_or_folder  "gpt2" (124M), "gpt2-medium" (355M), "gpt2-large" (774M), "gpt2-xl" (1558M): downloaded once to
-                        checkpoints/; or a Hugging Face folder of a GPT-2 (config.json with model.safetensors or
-                        pytorch_model.bin); or a folder of train.py (best.pt, else ckpt.pt); or one such .pt file
-        overrides       fields of GPTConfig to change: dropout, or a smaller block_size, which drops the last positions
+                        checkpoints/; or a Hugging Face folder of a GPT-2 or StarCoder2 (config.json with model.safetensors,
+                        whole or in shards, or pytorch_model.bin); or a folder of train.py (best.pt, else ckpt.pt), or a .pt
+        overrides       fields of GPTConfig to change: dropout; a smaller block_size, which drops the last positions;
+                        use_swa and window_size, which keep every weight; use_gqa and n_kv_head, which make each
+                        key/value head the mean of those it replaces (GQA, section 2.1); use_rope, which drops wpe.
+                        The last three give a start for training, not a trained model.
         raises          ValueError that names the file and what is wrong with it
         """
-        path = Path(name_or_folder)
-        if not path.exists() and str(name_or_folder) in GPT2_SIZES:
-            path = download_gpt2(str(name_or_folder))
-        if path.is_dir() and not (path / "config.json").exists():
-            path = next((path / f for f in ("best.pt", "ckpt.pt") if (path / f).exists()), path)
-        if path.is_file():
-            checkpoint = load_checkpoint(path)
-            config, weights = checkpoint["gpt_config"], checkpoint["model"]
-        elif (path / "config.json").exists():
-            config, weights = read_gpt2_folder(path)
-        else:
-            raise InputError(f"{name_or_folder}: not one of {', '.join(GPT2_SIZES)}, nor a folder with config.json and weights")
-        if overrides.get("block_size", 0) > config["block_size"]:
-            raise InputError(f"block_size={overrides['block_size']}: {path} has only {config['block_size']} positions")
-        model = cls(GPTConfig(**{**config, **overrides}))
-        if overrides.get("block_size") and "wpe.weight" in weights:
-            weights["wpe.weight"] = weights["wpe.weight"][:overrides["block_size"]]
-        copy_weights(model, weights, path)
+        import weights   # here, so that model.py runs by itself
+        config, tensors, path = weights.load(name_or_folder)
+        model = cls(replace(config, **overrides))
+        weights.copy(model, weights.adapt(tensors, config, model.config, path), path)
         return model.eval()
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors, in float32, as transformers' GPT2LMHeadModel reads them."""
-        c = self.config
-        config = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=c.vocab_size, n_positions=c.block_size,
-                      n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, layer_norm_epsilon=1e-5,
-                      activation_function="gelu_new", tie_word_embeddings=True, torch_dtype="float32",
-                      resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
-                      bos_token_id=c.vocab_size - 1, eos_token_id=c.vocab_size - 1)
-        weights = {}
-        for name, p in self.named_parameters():   # the tied head is listed once, as wte
-            weights["transformer." + name] = p.detach().t() if name.endswith(CONV1D) else p.detach()
-            if not c.bias and name.endswith("weight") and not name.startswith(("wte", "wpe")):
-                weights["transformer." + name[:-6] + "bias"] = torch.zeros(len(p))   # GPT-2 has biases: zero is the same
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / "model.safetensors", weights)
-        with replacing(folder / "config.json") as f:
-            f.write(json.dumps(config, indent=2).encode())
+        """
+        Write config.json and model.safetensors, in float32, as transformers reads them: a gpt2 folder with no switch on, a
+        starcoder2 folder with RoPE and, if any, one window for all layers. Raises ValueError for what neither can be.
+        """
+        import weights
+        weights.save(self, folder)
 
 
 def check_sampling(temperature, top_k, top_p):
@@ -271,155 +433,3 @@ def sample(logits, temperature, top_k, top_p):
         beyond = p.cumsum(-1) - p >= top_p   # what comes before it already reaches top_p
         logits = logits.masked_fill(beyond.gather(-1, order.argsort(-1)), -torch.inf)
     return torch.multinomial(logits.softmax(-1), num_samples=1)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files: trust nothing. Every size and offset is checked, and no file that is loaded can run code.
-
-GPT2_SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")   # released as (in, out); nn.Linear keeps (out, in)
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-
-
-def download_gpt2(name):
-    """checkpoints/<name>, filled from the Hugging Face Hub, or the mirror that HF_ENDPOINT names, unless it is there."""
-    from prepare_data import download, hub_url   # here, so that model.py works as a single file
-    folder = Path("checkpoints") / name
-    for file in ("config.json", "model.safetensors"):
-        if not (folder / file).exists():
-            download(hub_url(f"openai-community/{name}/resolve/main/{file}"), folder / file)
-    return folder
-
-
-def read_gpt2_folder(folder):
-    """A Hugging Face folder -> (fields of GPTConfig, {name in this file: tensor})"""
-    try:
-        hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = dict(block_size=hf["n_positions"], vocab_size=hf["vocab_size"], n_layer=hf["n_layer"],
-                      n_head=hf["n_head"], n_embd=hf["n_embd"], dropout=hf.get("resid_pdrop", 0.1))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"{folder / 'config.json'} is not the configuration of a GPT-2: {e!r}") from None
-    fixed = dict(model_type=("gpt2",), activation_function=("gelu_new", "gelu_pytorch_tanh"), layer_norm_epsilon=(1e-5,),
-                 n_inner=(None, 4 * config["n_embd"]), scale_attn_weights=(True,), add_cross_attention=(False,),
-                 scale_attn_by_inverse_layer_idx=(False,))   # reorder_and_upcast_attn changes only the rounding
-    for key, allowed in fixed.items():
-        if hf.get(key, allowed[0]) not in allowed:
-            raise InputError(f"{folder / 'config.json'}: {key}={hf[key]!r} is not GPT-2 as model.py has it ({allowed[0]!r})")
-    config["dropout"] = 0.0   # a setting of their training, not of the weights; ask for yours as an override
-
-    file = folder / "model.safetensors"
-    if file.exists():
-        loaded = read_safetensors(file)
-    elif (folder / "pytorch_model.bin").exists():
-        file = folder / "pytorch_model.bin"
-        loaded = load_pickle(file)
-        if not isinstance(loaded, dict) or not all(isinstance(w, torch.Tensor) for w in loaded.values()):
-            raise InputError(f"{file} is not a dictionary of tensors")
-    else:
-        raise InputError(f"{folder} has config.json but neither model.safetensors nor pytorch_model.bin")
-    weights = {}
-    for name, w in loaded.items():
-        name = name.removeprefix("transformer.")
-        if not name.endswith((".attn.bias", ".attn.masked_bias")):   # old files keep the causal mask as a buffer
-            weights[name] = w.t() if name.endswith(CONV1D) and w.dim() == 2 else w
-    if "wte.weight" in weights and not torch.equal(weights.pop("lm_head.weight", weights["wte.weight"]), weights["wte.weight"]):
-        raise InputError(f"{file}: lm_head.weight differs from wte.weight, and GPT-2's head is tied")
-    return config, weights
-
-
-@torch.no_grad()
-def copy_weights(model, weights, path):
-    """Copy weights (a dict by name) into model; they must be the same names and shapes. path is for the error alone."""
-    own = dict(model.named_parameters())
-    for what, names in (("lacks", own.keys() - weights.keys()), ("has the unknown", weights.keys() - own.keys() - {"lm_head.weight"})):
-        if names:
-            raise InputError(f"{path} {what} {len(names)} tensor(s): {', '.join(sorted(names)[:3])}{' …' * (len(names) > 3)}")
-    for name, p in own.items():
-        if p.shape != weights[name].shape:
-            raise InputError(f"{path}: {name} has shape {tuple(weights[name].shape)}, the model {tuple(p.shape)}")
-        p.copy_(weights[name])
-
-
-def read_safetensors(path):
-    """{name: tensor} of a file in the safetensors format: 8 bytes of header length, a JSON header, the raw tensors."""
-    size, tensors = os.path.getsize(path), {}
-    try:
-        with open(path, "rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if not 2 <= length <= min(size - 8, 100_000_000):   # before reading it: the length itself may lie
-                raise ValueError(f"the header cannot be {length:,} bytes long in a file of {size:,}")
-            header = json.loads(f.read(length))
-            header.pop("__metadata__", None)
-            end = 0
-            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-                dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-                if any(type(n) is not int or n < 0 for n in shape):
-                    raise ValueError(f"{name} has shape {shape}")
-                # The tensors must tile the rest of the file: no gap, no overlap, nothing past the end.
-                if start != end or stop - start != math.prod(shape) * dtype.itemsize or 8 + length + stop > size:
-                    raise ValueError(f"{name}, {entry['dtype']} of shape {shape}, cannot be bytes {start} to {stop}")
-                raw, end = bytearray(f.read(stop - start)), stop
-                tensors[name] = (torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)).view(shape)
-        if 8 + length + end != size:
-            raise ValueError(f"the tensors end at byte {8 + length + end:,} of {size:,}")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise InputError(f"{path} is cut short or not a safetensors file: {e}; delete it and fetch it again") from None
-    return tensors
-
-
-def write_safetensors(path, tensors):
-    """Write {name: tensor} as float32."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0   # transformers asks for this entry
-    for name, w in tensors.items():
-        header[name] = {"dtype": "F32", "shape": list(w.shape), "data_offsets": [end, end + 4 * w.numel()]}
-        end += 4 * w.numel()
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)   # tensors start at a multiple of 8 bytes
-    with replacing(path) as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for w in tensors.values():
-            f.write(w.to("cpu", torch.float32).contiguous().numpy().data)
-
-
-def load_pickle(path):
-    """What torch.save wrote, if it is tensors and plain values: anything that would run code is refused."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except pickle.UnpicklingError as e:
-        if "GLOBAL" in str(e):   # the pickle asks for a function that torch does not know to be harmless
-            raise InputError(f"{path} holds more than tensors and plain values: loading it could run code") from None
-        raise InputError(f"{path} is cut short or not a checkpoint") from None
-    except Exception as e:
-        # torch reports a damaged file as RuntimeError, EOFError, OSError and more: to the user they are all one thing
-        raise InputError(f"{path} is cut short or not a checkpoint: {str(e).splitlines()[0] if str(e) else e!r}") from None
-
-
-def load_checkpoint(path):
-    """The dictionary train.py saved at path."""
-    checkpoint = load_pickle(path)
-    keys = ("model", "optimizer", "gpt_config", "train_config", "step", "best_val_loss", "tokenizer")
-    if not isinstance(checkpoint, dict) or not all(k in checkpoint for k in keys):
-        raise InputError(f"{path} is not a checkpoint of train.py")
-    try:
-        checkpoint["gpt_config"] = asdict(GPTConfig(**checkpoint["gpt_config"]))
-    except TypeError as e:
-        raise InputError(f"{path} is not a checkpoint of train.py: {e}") from None
-    return checkpoint
-
-
-
-@contextmanager
-def replacing(path):
-    """`with replacing(path) as f`: path changes at the end, whole or not at all, even if the power fails in between."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())   # the bytes reach the disk before the name does
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

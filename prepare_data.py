@@ -31,7 +31,8 @@ import requests
 import tiktoken
 import torch
 
-from model import InputError, replacing
+from model import InputError
+from weights import replacing
 
 DATASETS = ("shakespeare", "shakespeare_bpe", "stdlib", "fineweb")
 SHAKESPEARE = dict(url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",

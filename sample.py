@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig, InputError, check_sampling, copy_weights, load_checkpoint
+import weights
+from model import GPT, GPTConfig, InputError, check_sampling
 from prepare_data import Tokenizer, run
 from train import choose_device
 
@@ -27,9 +28,9 @@ def load(init_from, out_dir):
         path = next((path / name for name in ("best.pt", "ckpt.pt") if (path / name).exists()), None)
         if path is None:
             raise InputError(f"{out_dir} holds no best.pt or ckpt.pt: train one with train.py, or try --init_from=gpt2")
-        checkpoint = load_checkpoint(path)
+        checkpoint = weights.load_checkpoint(path)
         model = GPT(GPTConfig(**checkpoint["gpt_config"]))
-        copy_weights(model, checkpoint["model"], path)
+        weights.copy(model, checkpoint["model"], path)
         return model.eval(), Tokenizer(checkpoint["tokenizer"])
     model, tokenizer = GPT.from_pretrained(init_from), Tokenizer({"kind": "gpt2"})
     if model.config.vocab_size < tokenizer.vocab_size:

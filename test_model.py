@@ -1,7 +1,10 @@
 """
-The specification of model.py. Authorities: transformers' GPT-2, its logits processors, and the safetensors library.
+The specification of model.py and weights.py. Authorities: transformers' GPT-2, StarCoder2 and logits processors, and the
+safetensors library.
 """
 
+import dataclasses
+import itertools
 import json
 import math
 import struct
@@ -14,10 +17,16 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import model as plain
-from model import GPT, GPTConfig, InputError, read_safetensors
+import weights
+from model import GPT, GPTConfig, InputError, attend, attend_in_blocks, rotate, sample, visible
+from weights import read_safetensors
 
 TINY = dict(block_size=32, vocab_size=101, n_layer=3, n_head=4, n_embd=32)
+W = 5
+SWITCHES = dict(rope=dict(use_rope=True), gqa=dict(use_gqa=True, n_kv_head=2), swa=dict(use_swa=True, window_size=W))
+VARIANTS = {"+".join(names) or "gpt2": {k: v for name in names for k, v in SWITCHES[name].items()}
+            for n in range(4) for names in itertools.combinations(SWITCHES, n)}
+every_variant = pytest.mark.parametrize("switches", VARIANTS.values(), ids=VARIANTS)
 transformers.logging.set_verbosity_error()
 
 
@@ -75,13 +84,13 @@ def test_GPTConfig_is_GPT2_124M_and_equal_to_transformers(tmp_path):
 def test_number_of_parameters_of_the_four_released_sizes(name, layers, heads, width, millions):
     with torch.device("meta"):
         assert GPT(GPTConfig(n_layer=layers, n_head=heads, n_embd=width)).num_params() == millions
-    assert name in plain.GPT2_SIZES
+    assert name in weights.GPT2_SIZES
 
 
 def test_loss_equals_transformers():
     theirs, idx = hf_gpt2(), tokens(3, 20)
     ours = tiny()
-    plain.copy_weights(ours, from_hf(theirs), "")
+    weights.copy(ours, from_hf(theirs), "")
     _, loss = ours(idx[:, :-1], idx[:, 1:])
     assert loss.item() == pytest.approx(theirs(idx, labels=idx).loss.item(), rel=1e-5)
 
@@ -89,7 +98,7 @@ def test_loss_equals_transformers():
 def test_gradients_equal_transformers():
     theirs, idx = hf_gpt2(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0), tokens(3, 20)
     ours = tiny()
-    plain.copy_weights(ours, from_hf(theirs), "")
+    weights.copy(ours, from_hf(theirs), "")
     ours(idx[:, :-1], idx[:, 1:])[1].backward()
     theirs(idx, labels=idx).loss.backward()
     assert torch.allclose(ours.wte.weight.grad, theirs.transformer.wte.weight.grad, atol=1e-6)
@@ -98,15 +107,16 @@ def test_gradients_equal_transformers():
 
 
 def from_hf(theirs):
-    weights = {k.removeprefix("transformer."): v for k, v in theirs.state_dict().items() if k != "lm_head.weight"}
-    return {k: v.t() if k.endswith(plain.CONV1D) else v for k, v in weights.items()}
+    tensors = {k.removeprefix("transformer."): v for k, v in theirs.state_dict().items() if k != "lm_head.weight"}
+    return {k: v.t() if k.endswith(weights.CONV1D) else v for k, v in tensors.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The forward pass
 
-def test_future_never_leaks_into_the_past():
-    model, idx = tiny(), tokens(2, 32)
+@every_variant
+def test_future_never_leaks_into_the_past(switches):
+    model, idx = tiny(**switches), tokens(2, 32)
     changed = idx.clone()
     changed[:, 20:] = (changed[:, 20:] + 1) % 101
     before, after = model(idx)[0], model(changed)[0]
@@ -160,17 +170,26 @@ def test_without_bias_there_is_none():
     assert not [name for name, _ in tiny(bias=False).named_parameters() if name.endswith("bias")]
 
 
-@pytest.mark.parametrize("T", [16, 32])
-def test_flops_per_token_is_what_torch_counts(T):
-    model = tiny()
+@every_variant
+@pytest.mark.parametrize("T", [4, 23, 32])
+def test_flops_per_token_is_what_torch_counts(T, switches):
+    model = tiny(**switches)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):   # the counter cannot see into fused kernels
         model(tokens(2, T), tokens(2, T))[1].backward()
-    assert counter.get_total_flops() / (2 * T) == model.flops_per_token(T)
+    assert counter.get_total_flops() / (2 * T) == pytest.approx(model.flops_per_token(T), rel=1e-9)
 
 
 @pytest.mark.parametrize("wrong, message", [
     (dict(n_embd=100, n_head=3), "n_embd=100.*n_head=3"), (dict(n_layer=0), "n_layer=0"), (dict(vocab_size=-1), "vocab_size=-1"),
-    (dict(block_size=0), "block_size=0"), (dict(dropout=1.0), "dropout=1.0"), (dict(dropout=-0.1), "dropout=-0.1")])
+    (dict(block_size=0), "block_size=0"), (dict(dropout=1.0), "dropout=1.0"), (dict(dropout=-0.1), "dropout=-0.1"),
+    (dict(use_rope=True, n_embd=36), "n_embd=36, n_head=12: a head of 3 channels is odd"),
+    (dict(rope_theta=500.0), "rope_theta=500.0.*use_rope=True"), (dict(use_rope=True, rope_theta=0.0), "rope_theta=0.0: must be positive"),
+    (dict(n_kv_head=4), "use_gqa=False with n_kv_head=4"), (dict(use_gqa=True), "use_gqa=True with n_kv_head=None"),
+    (dict(use_gqa=True, n_kv_head=5), "n_head=12 is not divisible by n_kv_head=5"),
+    (dict(use_gqa=True, n_kv_head=0), "n_kv_head=0"), (dict(use_gqa=True, n_kv_head=24), "n_kv_head=24"),
+    (dict(window_size=8), "use_swa=False with window_size=8"), (dict(use_swa=True), "use_swa=True with window_size=None"),
+    (dict(use_swa=True, window_size=-1), "window_size=-1"), (dict(use_swa=True, window_size=(8,) * 11), "window_size=.*n_layer=12"),
+    (dict(use_swa=True, window_size=(8,) * 11 + (-8,)), "window_size="), (dict(use_swa=True, window_size=2.5), "window_size=2.5")])
 def test_contradictory_config_is_an_error_that_names_the_fields(wrong, message):
     with pytest.raises(ValueError, match=message):
         GPTConfig(**wrong)
@@ -237,7 +256,7 @@ def test_sampling_follows_the_distribution_of_transformers(temperature, top_k, t
         expected = warper(None, expected)
     expected = expected.softmax(-1)[0]
     torch.manual_seed(0)
-    drawn = plain.sample(logits.expand(200_000, -1), temperature, top_k, top_p).flatten()
+    drawn = sample(logits.expand(200_000, -1), temperature, top_k, top_p).flatten()
     measured = drawn.bincount(minlength=30) / len(drawn)
     assert (measured[expected == 0] == 0).all()
     assert torch.allclose(measured, expected, atol=0.005)
@@ -262,14 +281,361 @@ def test_empty_prompt_is_an_error():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Equal to StarCoder2, which is GPT-2 with the three switches on
+
+def hf_starcoder2(size=TINY, K=2, window=None, **changes):
+    torch.manual_seed(1)
+    config = transformers.Starcoder2Config(**dict(
+        vocab_size=size["vocab_size"], hidden_size=size["n_embd"], intermediate_size=4 * size["n_embd"], num_hidden_layers=size["n_layer"],
+        num_attention_heads=size["n_head"], num_key_value_heads=K, max_position_embeddings=size["block_size"], sliding_window=window,
+        rope_parameters=dict(rope_type="default", rope_theta=500.0)) | changes, attn_implementation="eager")   # the plainest of its forms
+    model = transformers.Starcoder2ForCausalLM(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * (0.1 if size is TINY else 0.02))
+    return model.eval()
+
+
+@pytest.mark.parametrize("K, window", [(12, None), (4, None), (4, 64), (1, 300), (4, 301)],
+                         ids=["rope", "rope+gqa", "rope+gqa+swa, W < T", "W = T", "W > T"])
+def test_twelve_layers_of_768_are_equal_to_starcoder2(tmp_path, K, window):
+    size = dataclasses.asdict(GPTConfig(vocab_size=1000))
+    theirs = hf_starcoder2(size, K, window)
+    theirs.save_pretrained(tmp_path)
+    ours, idx = GPT.from_pretrained(tmp_path), tokens(1, 300, 1000)
+    assert ours.config == GPTConfig(vocab_size=1000, use_rope=True, rope_theta=500.0, use_gqa=True, n_kv_head=K,
+                                    use_swa=window is not None, window_size=window)
+    assert difference(ours, theirs, idx) <= 1e-4
+
+
+@pytest.mark.parametrize("T", [1, W - 1, W, W + 1, 2 * W, 31, 32])
+@pytest.mark.parametrize("K, window", [(4, None), (2, None), (1, W), (2, W), (4, 1), (2, 31)])
+def test_equal_to_starcoder2_at_every_length(tmp_path, K, window, T):
+    theirs = hf_starcoder2(K=K, window=window)
+    theirs.save_pretrained(tmp_path)
+    assert difference(GPT.from_pretrained(tmp_path), theirs, tokens(2, T)) < 1e-5
+
+
+def test_greedy_text_equals_starcoder2_far_past_the_window(tmp_path):
+    theirs, idx = hf_starcoder2(window=W), tokens(2, 7)
+    theirs.save_pretrained(tmp_path)
+    expected = theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=60, min_new_tokens=60, do_sample=False)
+    assert torch.equal(GPT.from_pretrained(tmp_path).generate(idx, 60, temperature=0), expected)
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(tie_word_embeddings=False), dict(use_bias=False), dict(sliding_window=W)])
+@pytest.mark.parametrize("form", ["whole", "shards", "rope_theta at the top"])
+def test_every_form_of_a_starcoder2_folder_loads(tmp_path, changes, form):
+    theirs = hf_starcoder2(**changes)
+    theirs.save_pretrained(tmp_path, **(dict(max_shard_size="20KB") if form == "shards" else {}))
+    assert (tmp_path / "model.safetensors.index.json").exists() == (form == "shards")
+    if form == "rope_theta at the top":
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    ours = GPT.from_pretrained(tmp_path)
+    assert ours.config.tied == changes.get("tie_word_embeddings", True)
+    assert difference(ours, theirs, tokens(2, 32)) < 1e-5
+
+
+@pytest.mark.parametrize("switches", [dict(use_rope=True), dict(use_rope=True, rope_theta=500.0, tied=False), dict(use_rope=True, bias=False),
+                                      VARIANTS["rope+gqa"], VARIANTS["rope+swa"], VARIANTS["rope+gqa+swa"], dict(tied=False),
+                                      VARIANTS["rope"] | dict(use_swa=True, window_size=0)])
+def test_exported_variant_opens_in_transformers_with_equal_logits(tmp_path, switches):
+    ours, idx = tiny(**switches), tokens(2, 32)
+    ours.save_pretrained(tmp_path)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert difference(ours, theirs.eval(), idx) < 1e-5
+    again = GPT.from_pretrained(tmp_path)
+    for (name, a), b in zip(ours.named_parameters(), [dict(again.named_parameters())[n] for n, _ in ours.named_parameters()], strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("switches", [VARIANTS["gqa"], VARIANTS["swa"], VARIANTS["gqa+swa"],
+                                      dict(use_rope=True, use_swa=True, window_size=(W, 0, W))])
+def test_what_no_public_architecture_is_cannot_be_exported(tmp_path, switches):
+    with pytest.raises(ValueError, match="no public architecture"):
+        tiny(**switches).save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("key, value", [("rope_scaling", {"type": "yarn"}), ("rope_parameters", {"rope_type": "yarn"}), ("norm_epsilon", 1e-6),
+                                        ("intermediate_size", 99), ("hidden_act", "silu"), ("num_key_value_heads", 3), ("hidden_size", None)])
+def test_config_that_is_not_starcoder2_is_refused(tmp_path, key, value):
+    hf_starcoder2().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(ValueError, match="config.json"):
+        GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": {"a": "../elsewhere.safetensors"}}', '{"weight_map": {"a": "missing.safetensors"}}',
+                                   '{"weight_map": {"a": 3}}'])
+def test_broken_index_of_shards_is_refused(tmp_path, index):
+    hf_starcoder2().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match="index.json"):
+        GPT.from_pretrained(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# RoPE
+
+def test_rotation_is_a_product_of_complex_numbers():
+    """RoFormer, equation 12: the pair (a, b) is the number a + ib, and is multiplied by exp(i * pos * theta^(-2d/D))."""
+    x, pos = torch.randn(2, 3, 7, 8), torch.tensor([0, 1, 2, 50, 51, 1000, 30_000])
+    number = torch.complex(x[..., :4].double(), x[..., 4:].double())
+    angle = pos[:, None].double() * 10_000.0 ** (-2 * torch.arange(4).double() / 8)
+    expected = number * torch.exp(1j * angle)
+    assert torch.allclose(rotate(x, pos, 10_000.0), torch.cat((expected.real, expected.imag), -1).float(), atol=5e-3)   # 30,000 in float32
+    assert torch.allclose(rotate(x, pos, 10_000.0)[:, :, :4], torch.cat((expected.real, expected.imag), -1).float()[:, :, :4], atol=2e-5)
+
+
+def scores(q, k, query_pos, key_pos):
+    """q, k: one vector each, put at all those positions -> their products"""
+    q, k = q.expand(1, 1, len(query_pos), -1), k.expand(1, 1, len(key_pos), -1)
+    return (rotate(q, query_pos, 100.0) @ rotate(k, key_pos, 100.0).transpose(-1, -2))[0, 0]
+
+
+def test_rope_scores_depend_on_relative_position_only_and_on_every_step_of_it():
+    q, k, pos = torch.randn(16), torch.randn(16), torch.arange(20)
+    score = scores(q, k, pos, pos)
+    for shift in (1, 7, 100):
+        assert torch.allclose(scores(q, k, pos + shift, pos + shift), score, atol=1e-4)
+        assert (scores(q, k, pos + shift, pos) - score).abs().max() > 0.1   # one of the two wrong by a step is another score
+    for distance in range(-19, 20):
+        assert score.diagonal(distance).std(unbiased=False) < 1e-5
+
+
+def test_rotation_keeps_lengths_and_leaves_position_0_alone():
+    x = torch.randn(1, 2, 30, 8)
+    y = rotate(x, torch.arange(30), 10_000.0)
+    assert torch.allclose(x.norm(dim=-1), y.norm(dim=-1), rtol=1e-5) and torch.equal(y[:, :, 0], x[:, :, 0])
+
+
+def test_bfloat16_is_rotated_in_float32():
+    x, pos = torch.randn(1, 1, 2, 8).bfloat16(), torch.tensor([4096, 4097])   # one number in bfloat16
+    assert rotate(x, pos, 10_000.0).dtype == torch.bfloat16
+    assert torch.equal(rotate(x, pos, 10_000.0), rotate(x.float(), pos, 10_000.0).bfloat16())
+
+
+def test_rope_replaces_learned_positions_and_reads_past_block_size():
+    model = tiny(use_rope=True)
+    assert "wpe.weight" not in model.state_dict() and tiny().num_params() - model.num_params() == 32 * 32
+    assert model(tokens(1, 100))[0].shape == (1, 100, 101)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Grouped queries
+
+def repeated_heads(grouped):
+    """The multi-head model in which every query head has a copy of the key/value head it shared."""
+    c = grouped.config
+    model = GPT(dataclasses.replace(c, use_gqa=False, n_kv_head=None)).eval()
+    tensors = dict(grouped.state_dict())
+    for name in [n for n in tensors if ".c_attn." in n]:
+        q, k, v = tensors[name].unflatten(0, (-1, c.n_embd // c.n_head)).split((c.n_head, c.n_kv_head, c.n_kv_head))
+        k, v = ([t[h * c.n_kv_head // c.n_head] for h in range(c.n_head)] for t in (k, v))
+        tensors[name] = torch.cat((q, torch.stack(k), torch.stack(v))).flatten(0, 1)
+    model.load_state_dict(tensors)
+    return model
+
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+@pytest.mark.parametrize("others", [{}, SWITCHES["rope"], SWITCHES["swa"]])
+def test_gqa_equals_multi_head_with_repeated_heads(K, others):
+    grouped, idx = tiny(use_gqa=True, n_kv_head=K, **others), tokens(2, 32)
+    assert torch.allclose(grouped(idx)[0], repeated_heads(grouped)(idx)[0], atol=1e-5)
+
+
+def test_n_kv_head_equal_to_n_head_is_multi_head():
+    grouped, plain, idx = tiny(use_gqa=True, n_kv_head=4), tiny(), tokens(2, 32)
+    plain.load_state_dict(grouped.state_dict())
+    assert torch.equal(grouped(idx)[0], plain(idx)[0])
+
+
+@pytest.mark.parametrize("K", [1, 2])
+def test_mean_of_identical_heads_changes_nothing(tmp_path, K):
+    grouped, idx = tiny(use_gqa=True, n_kv_head=K), tokens(2, 32)
+    repeated_heads(grouped).save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path, use_gqa=True, n_kv_head=K)
+    assert again.config == grouped.config and torch.allclose(again(idx)[0], grouped(idx)[0], atol=1e-5)
+
+
+def test_pooled_head_is_the_mean_of_those_it_replaces(tmp_path):
+    plain = tiny()
+    plain.save_pretrained(tmp_path)
+    old, new = plain.h[1].attn.c_attn, GPT.from_pretrained(tmp_path, use_gqa=True, n_kv_head=2).h[1].attn.c_attn
+    assert torch.equal(new.weight[:32], old.weight[:32])                                             # queries
+    assert torch.allclose(new.weight[32 + 8:32 + 16], (old.weight[32 + 16:32 + 24] + old.weight[32 + 24:64]) / 2)   # keys of heads 2, 3
+    assert torch.allclose(new.bias[48:56], (old.bias[64:72] + old.bias[72:80]) / 2)                  # values of heads 0, 1
+    with pytest.raises(ValueError, match="n_kv_head=4: .* has 2 key/value heads"):
+        tiny(use_rope=True, use_gqa=True, n_kv_head=2).save_pretrained(tmp_path)
+        GPT.from_pretrained(tmp_path, n_kv_head=4)
+
+
+def test_switches_on_a_trained_checkpoint(tmp_path, capsys):
+    plain, idx = tiny(), tokens(1, 20)
+    plain.save_pretrained(tmp_path)
+    wide = GPT.from_pretrained(tmp_path, use_swa=True, window_size=20)
+    assert torch.allclose(wide(idx)[0], plain(idx)[0], atol=1e-5) and not capsys.readouterr().err
+    turned = GPT.from_pretrained(tmp_path, use_rope=True)
+    assert "wpe.weight" not in turned.state_dict() and torch.equal(turned.wte.weight, plain.wte.weight)
+    assert "drops the learned positions" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sliding windows
+
+def test_visible_is_the_definition():
+    for window in (0, 1, 3, 10, 100):
+        seen = visible(torch.arange(4, 12), torch.arange(-1, 12), window)
+        for i, j in itertools.product(range(4, 12), range(-1, 12)):
+            assert seen[i - 4, j + 1] == (j >= 0 and 0 <= i - j < (window or 100)), (window, i, j)
+
+
+@pytest.mark.parametrize("T", [9, 15, 16, 17, 24, 50])
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_blocks_equal_the_mask_forward_and_backward(T, K):
+    window, grads = 8, []
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, T, 6, requires_grad=True) for heads in (4, K, K))
+    weight = torch.randn(2, 4, T, 6)
+    pos = torch.arange(T)
+    for y in (attend_in_blocks(q, k, v, window), attend(q, k, v, visible(pos, pos, window))):
+        grads.append((y, *torch.autograd.grad((y * weight).sum(), (q, k, v))))
+    for blocked, masked in zip(*grads):
+        assert torch.allclose(blocked, masked, atol=1e-5)
+
+
+def test_blocks_under_dropout_have_the_mean_of_those_without():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 20, 4) for _ in range(3))
+    drawn = torch.stack([attend_in_blocks(q, k, v, 6, dropout=0.3) for _ in range(4000)])
+    assert drawn.std(0).min() > 0.01 and torch.allclose(drawn.mean(0), attend_in_blocks(q, k, v, 6), atol=0.1)
+
+
+def test_all_switches_compile_without_a_break_and_give_the_same_gradients():
+    model, idx = tiny(**VARIANTS["rope+gqa+swa"]).train(), tokens(2, 23)
+    model(idx, idx)[1].backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    torch.compile(model, fullgraph=True)(idx, idx)[1].backward()
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, expected[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("switches", [VARIANTS["swa"], VARIANTS["rope+gqa+swa"]])
+def test_window_sees_exactly_W_keys(switches):
+    model, idx, i = tiny(n_layer=1, **switches), tokens(1, 32), 20
+    before = model(idx)[0][0, i]
+    for j in range(32):
+        changed = idx.clone()
+        changed[0, j] = (changed[0, j] + 1) % 101
+        assert torch.equal(model(changed)[0][0, i], before) == (not 0 <= i - j < W), j   # outside nothing changes, not a bit
+
+
+def test_receptive_field_after_L_layers_is_L_times_W_minus_1_plus_1():
+    model, idx, i = tiny(**SWITCHES["swa"]), tokens(1, 32), 30
+    before = model(idx)[0][0, i]
+    seen = 0
+    for j in range(32):
+        changed = idx.clone()
+        changed[0, j] = (changed[0, j] + 1) % 101
+        seen += not torch.equal(model(changed)[0][0, i], before)
+    assert seen == 3 * (W - 1) + 1
+
+
+@pytest.mark.parametrize("window", [32, 33, 1000, 0, (0, 0, 0), (40, 0, 32)])
+def test_window_no_shorter_than_the_text_is_full_attention(window):
+    windowed, full, idx = tiny(use_swa=True, window_size=window), tiny(), tokens(2, 32)
+    assert torch.equal(windowed(idx)[0], full(idx)[0])
+
+
+def test_one_window_a_layer():
+    model = tiny(use_swa=True, window_size=[W, 0, 2])
+    assert model.config.windows == (W, 0, 2) and [block.attn.window for block in model.h] == [W, 0, 2]
+    assert tiny(use_swa=True, window_size=W).config.windows == (W,) * 3 and tiny().config.windows == (0,) * 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The cache
+
+def read_in_chunks(model, idx, size, cache):
+    return torch.cat([model(idx[:, i:i + size], cache=cache)[0] for i in range(0, idx.shape[1], size)], dim=1)
+
+
+@every_variant
+@pytest.mark.parametrize("chunk", [1, 3, W - 1, W, W + 1, 32])
+@torch.no_grad()
+def test_cached_equals_uncached_in_chunks_past_several_wraps_and_after_reuse(switches, chunk):
+    model, idx = tiny(**switches), tokens(3, 32)
+    cache = model.new_cache(3)
+    for text in (idx, tokens(3, 29, seed=7)):
+        assert torch.allclose(read_in_chunks(model, text, chunk, cache), model(text)[0], atol=1e-5)
+        assert cache.length == text.shape[1]
+        cache.reset()
+
+
+@torch.no_grad()
+def test_cached_equals_uncached_in_chunks_of_every_size_in_turn():
+    idx = tokens(2, 150)
+    for switches in (VARIANTS["rope"], VARIANTS["rope+gqa+swa"], VARIANTS["rope"] | dict(use_swa=True, window_size=(W, 0, 2 * W))):
+        model = tiny(**switches)
+        cache, parts, i = model.new_cache(2), [], 0
+        for size in (1, 7, 1, 1, 2, 20, 1, 5, 4, 6, 70, 1, 1, 30):
+            parts.append(model(idx[:, i:i + size], cache=cache)[0])
+            i += size
+        assert i == 150 and torch.allclose(torch.cat(parts, 1), model(idx)[0], atol=1e-5)
+
+
+@torch.no_grad()
+def test_cache_holds_K_heads_and_W_slots_and_no_more():
+    def size(model, T):
+        cache = model.new_cache(2)
+        read_in_chunks(model, tokens(2, T), 4, cache)
+        return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.k, layer.v))
+    full = size(tiny(use_rope=True), 64)
+    assert full == 2 * 3 * 2 * 64 * 32 * 4   # k and v, layers, batch, tokens, channels, bytes
+    assert size(tiny(**VARIANTS["rope+gqa"]), 64) == full // 2
+    assert size(tiny(**VARIANTS["rope+swa"]), 64) == size(tiny(**VARIANTS["rope+swa"]), 1000) == full * W // 64
+
+
+@every_variant
+def test_greedy_generation_is_that_without_a_cache(switches):
+    model, idx = tiny(**switches), tokens(2, 6)
+    out = model.generate(idx, 60, temperature=0)
+    endless = model.config.use_rope and model.config.use_swa
+    for t in (6, 7, 20, 31, 32, 33, 40, 65):
+        assert torch.equal(out[:, t], model(out[:, 0 if endless else max(0, t - 32):t])[0][:, -1].argmax(-1)), t
+
+
+def test_cache_of_another_batch_size_or_model_is_refused():
+    model, other = tiny(), tiny(n_layer=2)
+    with pytest.raises(ValueError, match="batch size 2 .* this is batch size 3"):
+        model(tokens(3, 4), cache=model.new_cache(2))
+    with pytest.raises(ValueError, match="n_layer=2.*n_layer=3"):
+        model(tokens(3, 4), cache=other.new_cache(3))
+
+
+def test_more_tokens_than_learned_positions_are_refused_with_a_cache_too():
+    model = tiny()
+    cache = model.new_cache(1)
+    model(tokens(1, 30), cache=cache)
+    with pytest.raises(ValueError, match="33 tokens.*block_size=32"):
+        model(tokens(1, 3), cache=cache)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Loading and saving
 
 def rewrite(folder, change):
     """Apply change to the dictionary of tensors in folder/model.safetensors."""
-    weights = safetensors.torch.load_file(folder / "model.safetensors")
-    weights = change(weights)
-    safetensors.torch.save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
-    return weights
+    tensors = change(safetensors.torch.load_file(folder / "model.safetensors"))
+    safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    return tensors
 
 
 def without_prefix(weights):
@@ -286,9 +652,9 @@ def with_mask_buffers(weights):
 def test_every_form_of_a_GPT2_folder_loads(tmp_path, change, file):
     theirs, idx = hf_gpt2(), tokens(2, 32)
     theirs.save_pretrained(tmp_path)
-    weights = rewrite(tmp_path, change)
+    tensors = rewrite(tmp_path, change)
     if file == "pytorch_model.bin":
-        torch.save(weights | {"lm_head.weight": theirs.lm_head.weight.detach().clone()}, tmp_path / file)   # old files keep it twice
+        torch.save(tensors | {"lm_head.weight": theirs.lm_head.weight.detach().clone()}, tmp_path / file)   # old files keep it twice
         (tmp_path / "model.safetensors").unlink()
     assert difference(GPT.from_pretrained(tmp_path), theirs, idx) < 1e-5
 
@@ -369,7 +735,7 @@ def test_unknown_name_and_empty_folder_are_refused(tmp_path):
             GPT.from_pretrained(name)
     hf_gpt2().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="neither model.safetensors nor"):
+    with pytest.raises(ValueError, match="neither model.safetensors"):
         GPT.from_pretrained(tmp_path)
 
 
@@ -402,7 +768,7 @@ def test_pickle_cut_short_is_refused(tmp_path):
 # The safetensors format
 
 def test_reads_every_dtype_that_the_library_writes(tmp_path):
-    tensors = {name: (torch.randn(3, 5) * 9).to(dtype) for name, dtype in plain.DTYPES.items()}
+    tensors = {name: (torch.randn(3, 5) * 9).to(dtype) for name, dtype in weights.DTYPES.items()}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4)}
     safetensors.torch.save_file(tensors, tmp_path / "t.safetensors", {"note": "to be ignored"})
     ours = read_safetensors(tmp_path / "t.safetensors")
@@ -413,7 +779,7 @@ def test_reads_every_dtype_that_the_library_writes(tmp_path):
 
 def test_library_reads_what_we_write(tmp_path):
     tensors = {"a": torch.randn(3, 5), "b": torch.randn(4, 2).t(), "scalar": torch.tensor(2.5), "half": torch.randn(7).bfloat16()}
-    plain.write_safetensors(tmp_path / "t.safetensors", tensors)
+    weights.write_safetensors(tmp_path / "t.safetensors", tensors)
     theirs = safetensors.torch.load_file(tmp_path / "t.safetensors")
     for name, t in tensors.items():
         assert torch.equal(theirs[name], t.float()), name
@@ -470,7 +836,7 @@ def test_the_forgeries_are_forged_from_a_good_file(tmp_path):
 
 def test_file_replaced_only_when_whole(tmp_path):
     (tmp_path / "f").write_bytes(b"before")
-    with pytest.raises(RuntimeError), plain.replacing(tmp_path / "f") as f:
+    with pytest.raises(RuntimeError), weights.replacing(tmp_path / "f") as f:
         f.write(b"half of")
         raise RuntimeError
     assert (tmp_path / "f").read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 1

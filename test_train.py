@@ -122,6 +122,20 @@ def test_optional_settings_take_none():
     assert load_config(["--min_lr=0"])[0].min_lr == 0.0
 
 
+@pytest.mark.parametrize("text, value", [("8", 8), ("8,0", (8, 0)), ("(8, 0)", (8, 0)), ("[8, 0]", (8, 0))])
+def test_window_is_one_number_or_one_a_layer(text, value):
+    assert load_config(["--n_layer=2", "--use_swa", f"--window_size={text}"])[1].window_size == value
+
+
+@pytest.mark.parametrize("base", ["shakespeare.py", "stdlib.py", "gpt2.py"])
+def test_overlays_compose_with_every_config(base):
+    plain = load_config([str(HERE / "config" / base)])[1]
+    switches = [tuple(getattr(load_config([str(HERE / "config" / f) for f in (base, overlay)])[1], s) for s in ("use_rope", "use_gqa", "use_swa"))
+                for overlay in ("rope.py", "gqa.py", "swa.py", "modern.py")]
+    assert switches == [(True, False, False), (False, True, False), (False, False, True), (True, True, True)]
+    assert load_config([str(HERE / "config" / f) for f in (base, "modern.py")])[1].n_embd == plain.n_embd
+
+
 def test_text_settings_stay_text():
     assert load_config(["--dataset=123"])[0].dataset == "123"
 
@@ -659,6 +673,29 @@ def test_compile_that_fails_falls_back_and_says_why(monkeypatch, capsys):
     train.main([*TINY, "--compile=True"])
     assert "torch.compile failed, going on without it: RuntimeError: no compiler" in capsys.readouterr().out
     assert checkpoint()["step"] == 12
+
+
+SWITCHES = ["--use_rope", "--use_gqa", "--n_kv_head=1", "--use_swa", "--window_size=3"]
+
+
+def test_all_switches_train_resume_and_sample(capsys):
+    train.main([*TINY, *SWITCHES, "--out_dir=whole"])
+    train.main([*TINY, *SWITCHES, "--max_iters=6", "--lr_decay_iters=12"])
+    train.main([*TINY, *SWITCHES, "--init_from=resume"])
+    assert same_weights(checkpoint(), checkpoint("whole/ckpt.pt")) and checkpoint()["gpt_config"]["window_size"] == 3
+    sample.main(["--out_dir=out", "--max_new_tokens=50", "--device=cpu"])
+    GPT.from_pretrained("out").save_pretrained("exported")
+    assert json.loads(Path("exported/config.json").read_text())["model_type"] == "starcoder2"
+    train.main([*TINY, "--out_dir=plain"])
+    fails(train, *TINY, "--out_dir=plain", "--init_from=resume", "--use_rope", match="another architecture: use_rope is False there, not True")
+
+
+def test_a_trained_run_can_be_uptrained_with_fewer_key_value_heads():
+    train.main([*TINY, "--out_dir=first"])
+    train.main([*TINY, "--init_from=first", "--use_gqa", "--n_kv_head=1", "--max_iters=6"])
+    saved = checkpoint()
+    assert saved["gpt_config"]["n_kv_head"] == 1 and saved["model"]["h.0.attn.c_attn.weight"].shape == (16 + 2 * 8, 16)
+    assert float(rows()[-1]["val_loss"]) < float(rows()[0]["val_loss"])
 
 
 def test_best_is_kept_apart_from_last():

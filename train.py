@@ -30,7 +30,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig, InputError, copy_weights, load_checkpoint, replacing
+import weights
+from model import GPT, GPTConfig, InputError
 from prepare_data import FINEWEB_SHARDS, SHARD_TOKENS, Data, Tokenizer, load_meta, prepare, run
 
 
@@ -131,7 +132,8 @@ def parse(text):
 
 
 def allowed_types(kind):
-    return typing.get_args(kind) or (kind,)
+    """int | tuple[int, ...] | None -> (int, tuple, NoneType)"""
+    return tuple(typing.get_origin(t) or t for t in typing.get_args(kind) or (kind,))
 
 
 def check(key, value, kinds, where):
@@ -142,6 +144,8 @@ def check(key, value, kinds, where):
     allowed = allowed_types(kinds[key])
     if float in allowed and type(value) is int:
         value = float(value)
+    if tuple in allowed and type(value) is list:
+        value = tuple(value)
     if type(value) not in allowed:
         wanted = " or ".join("None" if t is types.NoneType else t.__name__ for t in allowed)
         raise InputError(f"{where}{key}={value!r} is of type {type(value).__name__}, must be {wanted}")
@@ -246,7 +250,7 @@ def save(path, model, optimizer, config, step, best_val_loss, tokenizer):
                       gpt_config=asdict(model.config), train_config=asdict(config), step=step,
                       best_val_loss=best_val_loss, rng=torch.get_rng_state(), tokenizer=tokenizer)
     try:
-        with replacing(path) as f:
+        with weights.replacing(path) as f:
             torch.save(checkpoint, f)
     except (OSError, RuntimeError) as e:   # torch reports a full disk as either
         raise InputError(f"cannot save {path} ({str(e).splitlines()[0]}): what was there before is untouched; make room, "
@@ -277,9 +281,9 @@ def build_model(c, asked, meta):
     if c.init_from in ("resume", "auto"):
         if not path.exists():
             raise InputError(f"{path} does not exist: nothing to resume; --init_from=scratch starts, auto does what is possible")
-        checkpoint = load_checkpoint(path)
+        checkpoint = weights.load_checkpoint(path)
         model = GPT(replace(GPTConfig(**checkpoint["gpt_config"]), dropout=asked.dropout))
-        copy_weights(model, checkpoint["model"], path)
+        weights.copy(model, checkpoint["model"], path)
         if checkpoint["tokenizer"] != meta["tokenizer"]:
             raise InputError(f"{path} was trained with another tokenizer than data/{c.dataset} has: take the dataset it was trained on")
         changed = [f"{k} was {v}, is {getattr(c, k)}" for k, v in checkpoint["train_config"].items()
@@ -287,8 +291,8 @@ def build_model(c, asked, meta):
         print(f"resuming {path} at step {checkpoint['step']:,}{'; note: ' + ', '.join(changed) if changed else ''}")
     else:
         path = c.init_from
-        shorter = {"block_size": wanted["block_size"]} if "block_size" in wanted else {}
-        model = GPT.from_pretrained(path, dropout=asked.dropout, **shorter)
+        changes = ("block_size", "use_rope", "rope_theta", "use_gqa", "n_kv_head", "use_swa", "window_size")   # can be made of theirs
+        model = GPT.from_pretrained(path, dropout=asked.dropout, **{k: v for k, v in wanted.items() if k in changes})
         if model.config.vocab_size != meta["vocab_size"]:
             raise InputError(f"{path} has {model.config.vocab_size} token ids, data/{c.dataset} {meta['vocab_size']}: prepare the text "
                              f"with the tokenizer of those weights (GPT-2's: --tokenizer gpt2)")
@@ -307,7 +311,7 @@ class Log:
             with open(path, newline="", encoding="utf-8") as f:
                 whole = [r for r in csv.DictReader(f) if None not in r.values()]   # the last may be cut short by a crash
             self.rows = [r for r in whole if int(r["step"]) < resume_step or int(r["step"]) == resume_step and not r["val_loss"]]
-        with replacing(path) as f:
+        with weights.replacing(path) as f:
             f.write(("\n".join([",".join(self.FIELDS)] + [",".join(r[k] for k in self.FIELDS) for r in self.rows]) + "\n").encode())
 
     def __call__(self, **row):
@@ -352,7 +356,8 @@ def main(argv):
     block_size = model.config.block_size
     train_data = Data(folder, meta, "train", block_size, c.seed)
     val_data = Data(folder, meta, "val", block_size, c.seed)
-    print(f"model: {model.num_params() / 1e6:.2f}M parameters; data: {folder}, {train_data.n * block_size:,} training tokens")
+    switches = [name for name in ("rope", "gqa", "swa") if getattr(model.config, f"use_{name}")]
+    print(f"model: {'+'.join(switches) or 'gpt2'}, {model.num_params() / 1e6:.2f}M parameters; data: {folder}, {train_data.n * block_size:,} training tokens")
 
     # batch arithmetic
     micro = c.micro_batch_size
