@@ -134,13 +134,15 @@ def attend_in_blocks(q, k, v, window, dropout=0.0):
     sequence into blocks of W. What a block sees lies in itself and the block before it, and nowhere else.
     """
     B, T = q.shape[0], q.shape[2]
-    q, k, v = (F.pad(t, (0, 0, 0, -T % window)).unflatten(2, (-1, window)) for t in (q, k, v))   # (B,H,T,D) -> (B,H,n,W,D)
-    first = attend(q[:, :, 0], k[:, :, 0], v[:, :, 0], dropout=dropout)                            # has no block before it
-    k, v = (torch.cat((t[:, :, :-1], t[:, :, 1:]), dim=3) for t in (k, v))                         # (B,K,n-1,2W,D)
-    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q[:, :, 1:], k, v))                       # (B*(n-1),H,W,D)
+    first = attend(q[:, :, :window], k[:, :, :window], v[:, :, :window], dropout=dropout)   # has no block before it
+    if T % window:
+        q, k, v = (F.pad(t, (0, 0, 0, -T % window)) for t in (q, k, v))
+    q = q[:, :, window:].unflatten(2, (-1, window))                                         # (B,H,n,W,D)
+    k, v = (t.unfold(2, 2 * window, window).mT for t in (k, v))                             # (B,K,n,2W,D), views that overlap
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))                          # (B*n,H,W,D): blocks as a batch
     pos = torch.arange(2 * window, device=q.device)
     rest = attend(q, k, v, visible(pos[window:], pos, window), dropout)
-    rest = rest.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)                                # (B,H,(n-1)*W,D)
+    rest = rest.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)                         # (B,H,n*W,D)
     return torch.cat((first, rest), dim=2)[:, :, :T]
 
 
