@@ -886,7 +886,8 @@ def test_command_line_prints_one_line_and_no_traceback():
 def killed_run_equals_whole_run(kills, steps):
     flags = [*TINY, f"--max_iters={steps}", "--dropout=0.1", "--checkpoint_interval=1", "--eval_interval=50", "--log_interval=50"]
     process = start(*flags, "--out_dir=whole")
-    assert process.wait(timeout=300) == 0
+    process.communicate(timeout=300)
+    assert process.returncode == 0
     rng, died = random.Random(time.time_ns()), 0
     while died < kills:
         process = start(*flags, "--init_from=auto")
@@ -899,7 +900,7 @@ def killed_run_equals_whole_run(kills, steps):
         assert not Path("out/ckpt.pt").exists() or checkpoint()["step"] <= steps   # readable after every kill
         if Path("out/ckpt.pt").exists() and checkpoint()["step"] == steps:
             break
-    assert start(*flags, "--init_from=auto").wait(timeout=300) == 0
+    start(*flags, "--init_from=auto").communicate(timeout=300)
     assert checkpoint()["step"] == steps and same_weights(checkpoint(), checkpoint("whole/ckpt.pt"))
     return died
 

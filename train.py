@@ -407,12 +407,13 @@ def main(argv):
         stopping = bool(stop)   # looked at once: a signal may come at any moment, and what follows must agree
         evaluating = step % c.eval_interval == 0 or step >= c.max_iters
         saving = evaluating or stopping or step % c.checkpoint_interval == 0
-        if saving or step % c.log_interval == 0:   # only here: reading a number waits until the GPU has computed it
-            elapsed = time.perf_counter() - start
+        logging = stopping or step % c.log_interval == 0 or step >= c.max_iters
+        if saving or logging:   # only here: reading a number waits until the GPU has computed it
             if not math.isfinite(loss.item() + norm.item()):
                 raise InputError(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}. Nothing was overwritten; the last "
                                  f"checkpoint is from before. A lower learning_rate, a longer warm-up or dtype=float32 may help")
-            if step > counted_from:
+            if logging and step > counted_from:
+                elapsed = time.perf_counter() - start
                 speed = (step - counted_from) * tokens_per_step / train_seconds
                 mfu = f" | MFU {speed * flops / peak:.1%}" if peak else ""
                 left = clock(elapsed / (step - first_step) * (c.max_iters - step))
