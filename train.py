@@ -320,6 +320,12 @@ class Log:
             f.write(",".join(self.rows[-1].values()) + "\n")
 
 
+def check_finite(step, name, value):
+    if not math.isfinite(value):
+        raise InputError(f"step {step}: {name} {value}. Nothing was overwritten, the last checkpoint is from before; a lower "
+                         f"learning_rate, a longer warm-up or dtype=float32 may help")
+
+
 def sparkline(values):
     """[3.0, 2.0, 1.5] -> "█▄▁" """
     low, high = min(values), max(values)
@@ -409,9 +415,8 @@ def main(argv):
         saving = evaluating or stopping or step % c.checkpoint_interval == 0
         logging = stopping or step % c.log_interval == 0 or step >= c.max_iters
         if saving or logging:   # only here: reading a number waits until the GPU has computed it
-            if not math.isfinite(loss.item() + norm.item()):
-                raise InputError(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}. Nothing was overwritten; the last "
-                                 f"checkpoint is from before. A lower learning_rate, a longer warm-up or dtype=float32 may help")
+            check_finite(step, "loss", loss.item())
+            check_finite(step, "gradient norm", norm.item())
             if logging and step > counted_from:
                 elapsed = time.perf_counter() - start
                 speed = (step - counted_from) * tokens_per_step / train_seconds
@@ -424,13 +429,14 @@ def main(argv):
                 train_seconds, counted_from = 0.0, step
         if evaluating:
             val_loss = evaluate(model, forward, val_data, c, autocast, device)
+            check_finite(step, "validation loss", val_loss)
             print(f"step {step:,}: validation loss {val_loss:.4f}{', the best so far' if val_loss < best_val_loss else ''}")
             elapsed = elapsed_before + time.perf_counter() - start
             log(step=step, tokens=step * tokens_per_step, val_loss=f"{val_loss:.6f}", elapsed_s=f"{elapsed:.1f}")
             if val_loss < best_val_loss:
                 best_val_loss = val_loss
                 save_as("best.pt")
-        if saving and step > first_step:
+        if saving and (step > first_step or stopping):
             save_as("ckpt.pt")
         if stopping or step >= c.max_iters:
             break
