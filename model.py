@@ -12,7 +12,8 @@ Sources
   attention  Vaswani et al. 2017, "Attention Is All You Need", section 3.2
   RoPE       Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding", sections 3.2 and 3.4.2
   GQA        Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints"
-  window     Beltagy et al. 2020, "Longformer: The Long-Document Transformer", section 3.1
+  window     Beltagy et al. 2020, "Longformer: The Long-Document Transformer", section 3.1; looking back only, and with a
+             rolling cache, as in Jiang et al. 2023, "Mistral 7B", section 2
 
 Dimension key, used everywhere
   B batch   T query tokens   S key tokens   C channels (n_embd)   V vocabulary   L layers
@@ -66,7 +67,7 @@ class GPTConfig:
             raise InputError(f"rope_theta={self.rope_theta}: must be positive, and needs use_rope=True")
         if self.use_gqa != (self.n_kv_head is not None):
             raise InputError(f"use_gqa={self.use_gqa} with n_kv_head={self.n_kv_head}: set both or neither")
-        if self.use_gqa and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
+        if self.use_gqa and (not isinstance(self.n_kv_head, int) or self.n_kv_head < 1 or self.n_head % self.n_kv_head):
             raise InputError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}: "
                              f"each key/value head serves n_head/n_kv_head query heads")
         if self.use_swa != (self.window_size is not None):
@@ -122,7 +123,7 @@ def attend(q, k, v, mask=None, dropout=0.0):
     group, T = q.shape[1] // k.shape[1], q.shape[2]
     if T == 1 and mask is None:   # decoding: the heads of a group become the queries of one head, and no key is copied
         q_BKGD = q.reshape(q.shape[0], k.shape[1], group, -1)
-        return F.scaled_dot_product_attention(q_BKGD, k, v, dropout_p=dropout).view(q.shape)
+        return F.scaled_dot_product_attention(q_BKGD, k, v, dropout_p=dropout).reshape(q.shape)
     if group > 1:
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
@@ -130,15 +131,15 @@ def attend(q, k, v, mask=None, dropout=0.0):
 
 def attend_in_blocks(q, k, v, window, dropout=0.0):
     """
-    Sliding-window attention of whole sequences in O(T*W) time and memory, for T > W (Longformer, section 3.1): cut the
-    sequence into blocks of W. What a block sees lies in itself and the block before it, and nowhere else.
+    Sliding-window attention of whole sequences in O(T*W) time and memory, for T > W: cut the sequence into blocks of W.
+    What a block sees lies in itself and the block before it, and nowhere else (Longformer, section 3.2: "chunks").
     """
     B, T = q.shape[0], q.shape[2]
     first = attend(q[:, :, :window], k[:, :, :window], v[:, :, :window], dropout=dropout)   # has no block before it
     if T % window:
         q, k, v = (F.pad(t, (0, 0, 0, -T % window)) for t in (q, k, v))
     q = q[:, :, window:].unflatten(2, (-1, window))                                         # (B,H,n,W,D)
-    k, v = (t.unfold(2, 2 * window, window).mT for t in (k, v))                             # (B,K,n,2W,D), views that overlap
+    k, v = (t.unfold(2, 2 * window, window).mT for t in (k, v))   # (B,K,n,D,2W) -> (B,K,n,2W,D): views, they overlap by W
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))                          # (B*n,H,W,D): blocks as a batch
     pos = torch.arange(2 * window, device=q.device)
     rest = attend(q, k, v, visible(pos[window:], pos, window), dropout)
@@ -160,24 +161,27 @@ class LayerCache:
 
     def update(self, k, v, pos):
         """Take in k, v (B,K,T,D) of the tokens at pos (T,) -> the k, v, pos of all that one of these tokens may look at."""
-        if self.pos is None:   # now dtype and device are known
+        k, v, T = k.detach(), v.detach(), len(pos)   # nothing is learned through the cache
+        if self.pos is None:                         # the first call: now dtype and device are known
             slots = self.window or 64
             self.k, self.v = (torch.zeros(*t.shape[:2], slots, t.shape[3], device=t.device, dtype=t.dtype) for t in (k, v))
             self.pos = torch.full((slots,), -1, device=k.device)
-        self.length += len(pos)
+        self.length += T
         while not self.window and self.length > len(self.pos):
             self.k, self.v = (F.pad(t, (0, 0, 0, len(self.pos))) for t in (self.k, self.v))
             self.pos = F.pad(self.pos, (0, len(self.pos)), value=-1)
         slots = len(self.pos)
-        seen = self.k, self.v, self.pos
-        if len(pos) > 1 and self.length > slots:   # the first of these tokens still see what the last replace: keep a copy
+        if T > 1 and self.length > slots:   # the last of these tokens replace what the first still see: attend, then evict
             seen = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2), torch.cat((self.pos, pos))
-            k, v, pos = k[:, :, -slots:], v[:, :, -slots:], pos[-slots:]
-        slot = pos % slots
+            self.write(k[:, :, -slots:], v[:, :, -slots:], pos[-slots:])
+            return seen
+        self.write(k, v, pos)
+        n = min(self.length, slots)         # so many slots are filled
+        return self.k[:, :, :n], self.v[:, :, :n], self.pos[:n]
+
+    def write(self, k, v, pos):
+        slot = pos % len(self.pos)
         self.k[:, :, slot], self.v[:, :, slot], self.pos[slot] = k, v, pos
-        if self.length < slots:
-            seen = self.k[:, :, :self.length], self.v[:, :, :self.length], self.pos[:self.length]
-        return seen
 
 
 class KVCache:
@@ -206,7 +210,7 @@ class Attention(nn.Module):
     def __init__(self, config, window):
         super().__init__()
         self.H, self.K, self.D = config.n_head, config.n_kv_head or config.n_head, config.n_embd // config.n_head
-        self.theta, self.window, self.dropout = config.use_rope and config.rope_theta, window, config.dropout
+        self.theta, self.window, self.dropout = config.rope_theta if config.use_rope else None, window, config.dropout
         self.c_attn = nn.Linear(config.n_embd, (self.H + 2 * self.K) * self.D, bias=config.bias)   # q, k, v in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
@@ -214,13 +218,13 @@ class Attention(nn.Module):
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, -1, self.D).transpose(1, 2)            # (B,H+2K,T,D)
         qk, v_BKTD = heads.split((self.H + self.K, self.K), dim=1)
-        if self.theta:
+        if self.theta is not None:
             qk = rotate(qk, pos, self.theta)                                     # before the cache: a key is turned once
         q_BHTD, k_BKTD = qk.split((self.H, self.K), dim=1)
         dropout = self.dropout if self.training else 0.0
         if cache is not None and cache.length > 0:
             k_BKSD, v_BKSD, key_pos = cache.update(k_BKTD, v_BKTD, pos)
-            mask = visible(pos, key_pos, self.window) if T > 1 else None         # one token sees all that the cache has kept
+            mask = visible(pos, key_pos, self.window) if T > 1 else None         # None: one token sees all that was kept
             y_BHTD = attend(q_BHTD, k_BKSD, v_BKSD, mask, dropout)
         else:
             blocks = 0 < self.window < T
@@ -264,6 +268,7 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """A decoder-only transformer. Parameters carry the names of the released checkpoint, so loading one is a loop."""
+    tokenizer = None   # what its token ids mean, as prepare_data.Tokenizer takes it; from_pretrained sets it where the files tell
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -374,7 +379,7 @@ class GPT(nn.Module):
         stop_token   end a row at this id, fill it up with the same, and return once every row has ended
         vocab_size   never sample an id at or past this: for a vocabulary padded beyond its tokenizer
         returns      (B, T + new), new at most max_new_tokens. With RoPE and a window in every layer, memory and time a
-                     token stay constant for ever; otherwise past block_size the last block_size tokens are read anew
+                     token stay constant (to about a million tokens: then float32 angles grow coarse); otherwise past block_size the last block_size tokens are read anew
                      for each token, as GPT-2 has no further positions and no model was trained on more
         raises       ValueError for an empty prompt, temperature < 0, top_k < 1 or top_p outside (0, 1]
         """
@@ -399,8 +404,9 @@ class GPT(nn.Module):
         raises          ValueError that names the file and what is wrong with it
         """
         import weights   # here, so that model.py runs by itself
-        config, tensors, path = weights.load(name_or_folder)
+        config, tensors, tokenizer, path = weights.load(name_or_folder)
         model = cls(replace(config, **overrides))
+        model.tokenizer = tokenizer
         weights.copy(model, weights.adapt(tensors, config, model.config, path), path)
         return model.eval()
 
@@ -426,7 +432,8 @@ def sample(logits, temperature, top_k, top_p):
     """One token for each row: (B,V) -> (B,1)"""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature   # the largest is 0, so nothing overflows
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)

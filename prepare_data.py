@@ -451,8 +451,8 @@ def main(argv):
 
 def run(main):
     """main(sys.argv[1:]); what the user can put right ends as one line on stderr and exit status 1."""
-    for stream in (sys.stdout, sys.stderr):   # a Windows console may not know every character that a model writes
-        stream.reconfigure(encoding="utf-8", errors="replace")
+    for stream in (sys.stdout, sys.stderr):   # a Windows console may not know every character; a log file should show each line
+        stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
     try:
         main(sys.argv[1:])
     except (InputError, OSError) as e:

@@ -15,28 +15,20 @@ from pathlib import Path
 
 import torch
 
-import weights
-from model import GPT, GPTConfig, InputError, check_sampling
+from model import GPT, InputError, check_sampling
 from prepare_data import Tokenizer, run
 from train import choose_device
 
 
 def load(init_from, out_dir):
     """-> model in eval mode, its tokenizer"""
-    path = Path(init_from or out_dir)
-    if not init_from:
-        path = next((path / name for name in ("best.pt", "ckpt.pt") if (path / name).exists()), None)
-        if path is None:
-            raise InputError(f"{out_dir} holds no best.pt or ckpt.pt: train one with train.py, or try --init_from=gpt2")
-        checkpoint = weights.load_checkpoint(path)
-        model = GPT(GPTConfig(**checkpoint["gpt_config"]))
-        weights.copy(model, checkpoint["model"], path)
-        return model.eval(), Tokenizer(checkpoint["tokenizer"])
-    model, tokenizer = GPT.from_pretrained(init_from), Tokenizer({"kind": "gpt2"})
-    if model.config.vocab_size < tokenizer.vocab_size:
-        raise InputError(f"{init_from} has {model.config.vocab_size} token ids, GPT-2's tokenizer {tokenizer.vocab_size}: a folder "
-                         f"of weights has no tokenizer; for a run of train.py use --out_dir")
-    return model, tokenizer
+    if not init_from and not any((Path(out_dir) / name).exists() for name in ("best.pt", "ckpt.pt")):
+        raise InputError(f"{out_dir} holds no best.pt or ckpt.pt: train one with train.py, or try --init_from=gpt2")
+    model = GPT.from_pretrained(init_from or out_dir)
+    if model.tokenizer is None:
+        raise InputError(f"{init_from} does not tell what its {model.config.vocab_size} token ids mean: a folder of weights has no tokenizer; "
+                         f"for a run of train.py use --out_dir")
+    return model, Tokenizer(model.tokenizer)
 
 
 def read_prompt(args, tokenizer):
@@ -76,6 +68,8 @@ def main(argv):
     for name in ("num_samples", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise InputError(f"{name}={getattr(args, name)}: must be at least 1")
+    if not 0 <= args.seed < 2**32:
+        raise InputError(f"seed={args.seed}: must be at least 0 and less than 2**32")
 
     device, bf16, line = choose_device(args.device, args.dtype)
     print(line, file=sys.stderr)

@@ -218,6 +218,11 @@ def test_prompt_longer_than_block_size_is_cut_on_the_left():
     assert torch.equal(model.generate(idx, 5, temperature=0)[:, 50:], model.generate(idx[:, -32:], 5, temperature=0)[:, 32:])
 
 
+def test_lowest_temperature_is_greedy():
+    model, idx = tiny(), tokens(2, 6)
+    assert torch.equal(model.generate(idx, 10, temperature=1e-40), model.generate(idx, 10, temperature=0))
+
+
 def test_rows_of_a_batch_are_independent():
     model, idx = tiny(), tokens(3, 6)
     out = model.generate(idx, 12, temperature=0)
@@ -361,13 +366,25 @@ def test_what_no_public_architecture_is_cannot_be_exported(tmp_path, switches):
 
 
 @pytest.mark.parametrize("key, value", [("rope_scaling", {"type": "yarn"}), ("rope_parameters", {"rope_type": "yarn"}), ("norm_epsilon", 1e-6),
-                                        ("intermediate_size", 99), ("hidden_act", "silu"), ("num_key_value_heads", 3), ("hidden_size", None)])
+                                        ("intermediate_size", 99), ("hidden_act", "silu"), ("num_key_value_heads", 3), ("num_key_value_heads", 2.0), ("hidden_size", None)])
 def test_config_that_is_not_starcoder2_is_refused(tmp_path, key, value):
     hf_starcoder2().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(ValueError, match="config.json"):
         GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change", [
+    lambda w: w | {"model.layers.0.self_attn.k_proj.weight": torch.ones(16, 31)}, lambda w: w | {"model.layers.0.self_attn.k_proj.weight": torch.ones(17, 32)},
+    lambda w: w | {"model.layers.0.mlp.c_fc.weight": torch.tensor(1.0)}, lambda w: w | {"model.layers.0.self_attn.q_proj.bias": torch.tensor(1.0)},
+    lambda w: {k: v for k, v in w.items() if "1.self_attn.k_proj" not in k}])
+def test_misshapen_starcoder2_is_refused(tmp_path, change):
+    hf_starcoder2(use_bias=True).save_pretrained(tmp_path)
+    rewrite(tmp_path, change)
+    for changes in ({}, dict(n_kv_head=1)):
+        with pytest.raises(ValueError, match="h.0|h.1|tensors are not those of a starcoder2"):
+            GPT.from_pretrained(tmp_path, **changes)
 
 
 @pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": {"a": "../elsewhere.safetensors"}}', '{"weight_map": {"a": "missing.safetensors"}}',
@@ -612,6 +629,14 @@ def test_greedy_generation_is_that_without_a_cache(switches):
         assert torch.equal(out[:, t], model(out[:, 0 if endless else max(0, t - 32):t])[0][:, -1].argmax(-1)), t
 
 
+def test_cache_keeps_no_history_of_gradients():
+    model = tiny()
+    cache = model.new_cache(1)
+    for _ in range(3):
+        model(tokens(1, 3), cache=cache)
+    assert not any(t.requires_grad for layer in cache.layers for t in (layer.k, layer.v))
+
+
 def test_cache_of_another_batch_size_or_model_is_refused():
     model, other = tiny(), tiny(n_layer=2)
     with pytest.raises(ValueError, match="batch size 2 .* this is batch size 3"):
@@ -666,6 +691,7 @@ def test_saved_folder_opens_in_transformers_with_equal_logits(tmp_path, bias):
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "folder", output_loading_info=True)
     assert not any(report.values()), report   # nothing missing, nothing unexpected
     assert difference(ours, theirs.eval(), idx) < 1e-5
+    assert theirs.config.eos_token_id is None   # of a vocabulary that is not GPT-2's the end is not known
 
 
 def test_round_trip_is_exact(tmp_path):

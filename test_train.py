@@ -168,17 +168,23 @@ def test_help_lists_every_setting_with_default_and_comment(capsys):
     (["syntax.py"], "syntax.py, line 2: SyntaxError"),
     (["--n_embd=100", "--n_head=3"], "n_embd=100 is not divisible by n_head=3"),
     (["--batch_size=0"], "batch_size=0: must be at least 1"),
-    (["--learning_rate=-1"], "learning_rate=-1.0: must not be negative"),
+    (["--learning_rate=-1"], "learning_rate=-1.0: must be at least 0"),
     (["--dtype=float16"], "dtype='float16': must be auto, float32 or bfloat16"),
     (["--beta2=1"], "beta2=1.0"),
     ([*TINY, "--batch_size=6", "--micro_batch_size=4"], "batch_size=6 is not a multiple of micro_batch_size=4"),
     ([*TINY, "--device=tpu9"], "device=tpu9"),
+    ([*TINY, "--device=meta"], "device=meta: must be auto"),
+    (["--seed=99999999999999999999"], "seed=99999999999999999999: must be at least 0 and less than"),
+    (["--min_lr=-1"], "min_lr=-1.0: must be at least 0 and at most learning_rate"),
+    (["--n_layer={[]:1}"], "n_layer=.* is of type str, must be int"),
+    (["library.py"], "library.py, line 2: JSONDecodeError"),
     ([*TINY, "--vocab_size=5"], "vocab_size=5 is less than the 17 ids")])
 def test_bad_configuration_is_one_clear_line(argv, match):
     Path("typo.py").write_text("learning_rate_ = 1")
     Path("type.py").write_text("out_dir = 7")
     Path("latin.py").write_bytes("out_dir = 'é'".encode("latin1"))
     Path("raises.py").write_text("n_layer = 1\nn_head = 1 / 0")
+    Path("library.py").write_text("import json\nn_layer = json.loads('{')")
     Path("syntax.py").write_text("n_layer = 1\nn_head = = 2")
     fails(train, *argv, match=match)
     assert not Path("out").exists()
@@ -718,9 +724,11 @@ def test_eval_only_prints_the_loss_and_touches_nothing(capsys):
 def test_scratch_run_keeps_what_an_earlier_run_left(capsys):
     train.main(TINY)
     first = checkpoint()
-    train.main([*TINY, "--seed=5"])
-    assert same_weights(checkpoint("out/old_ckpt.pt"), first) and not same_weights(checkpoint(), first)
-    assert "ckpt.pt of an earlier run is now" in capsys.readouterr().out
+    for n in (1, 2):
+        train.main([*TINY, f"--seed={n}"])
+        assert sorted(p.name for p in Path(f"out/old{n}").iterdir()) == ["best.pt", "ckpt.pt", "metrics.csv"]
+        assert f"are now in {Path('out', f'old{n}')}" in capsys.readouterr().out
+    assert same_weights(checkpoint("out/old1/ckpt.pt"), first) and not same_weights(checkpoint("out/old2/ckpt.pt"), first)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -739,6 +747,21 @@ def test_resumed_run_is_exact_to_the_bit(at):
     keys = ("step", "train_loss", "val_loss", "lr", "grad_norm")
     resumed = [tuple(r[k] for k in keys) for r in rows() if int(r["step"]) % 3 == 0]   # the stop at 4 or 11 adds a line of its own
     assert resumed == [tuple(r[k] for k in keys) for r in rows("whole/metrics.csv") if int(r["step"]) % 3 == 0]
+
+
+@pytest.mark.parametrize("damage", ["", "7,", "7,224,1.0", "\0" * 300, "seven,1,,,,,,"])
+def test_metrics_that_a_crash_cut_short_do_not_stop_a_resumed_run(damage):
+    train.main([*TINY, "--max_iters=6", "--lr_decay_iters=12"])
+    with open("out/metrics.csv", "a") as f:
+        f.write(damage)
+    train.main([*TINY, "--init_from=resume"])
+    assert [int(r["step"]) for r in rows()] == [0, 3, 6, 6, 9, 12, 12]
+
+
+def test_peak_is_of_the_device_or_unknown():
+    names = {"NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA L4": 121e12, "NVIDIA L40S": None,
+             "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA GH200 480GB": None, "Tesla T4": None}
+    assert {name: train.peak_flops(name) for name in names} == names
 
 
 def test_auto_starts_where_there_is_nothing_to_resume():
@@ -780,6 +803,7 @@ class RunsCode:
     (lambda raw: torch.save({"model": RunsCode()}, "evil.pt") or Path("evil.pt").read_bytes(), "could run code"),
     (lambda raw: torch.save({"model": {}}, "evil.pt") or Path("evil.pt").read_bytes(), "is not a checkpoint of train.py"),
     (lambda raw: torch.save(checkpoint() | {"gpt_config": {"n_legs": 4}}, "evil.pt") or Path("evil.pt").read_bytes(), "is not a checkpoint of train.py"),
+    (lambda raw: torch.save(checkpoint() | {"model": 3}, "evil.pt") or Path("evil.pt").read_bytes(), "is not a checkpoint of train.py"),
     (lambda raw: torch.save(checkpoint() | {"optimizer": {}}, "evil.pt") or Path("evil.pt").read_bytes(), "optimizer's state is not of this model"),
     (lambda raw: torch.save(checkpoint() | {"model": {"wte.weight": torch.ones(1)}}, "evil.pt") or Path("evil.pt").read_bytes(), r"lacks 27 tensor\(s\)")])
 def test_broken_or_hostile_checkpoint_is_one_clear_line(spoil, match):
@@ -813,12 +837,16 @@ def test_weights_may_be_trained_on_with_a_shorter_block_size():
 @pytest.mark.parametrize("argv, match", [
     (["--init_from=weights", "--n_embd=32"], "weights has another architecture: n_embd is 16 there, not 32"),
     (["--init_from=weights", "--block_size=16"], "block_size=16: weights has only 8 positions"),
-    (["--init_from=weights", "--dataset=other"], "weights has 17 token ids, data/other 9"),
+    (["--init_from=weights", "--dataset=other"], "weights was trained with another tokenizer than data/other"),
+    (["--init_from=lower", "--dataset=upper"], "lower was trained with another tokenizer than data/upper"),
     (["--init_from=nowhere"], "nowhere: not one of gpt2, gpt2-medium")])
 def test_weights_that_do_not_fit_are_one_clear_line(argv, match):
     GPT(GPTConfig(8, 17, 2, 2, 16)).save_pretrained("weights")
-    Path("other.txt").write_text("another one\n" * 50)
+    train.main([*TINY, "--out_dir=lower", "--max_iters=0"])
+    Path("other.txt").write_text("".join(map(chr, range(0x100, 0x112))) * 99, encoding="utf-8")
     prepare_text(Path("data/other"), ["other.txt"], "char")
+    Path("upper.txt").write_text(LINES.upper() * 40, encoding="utf-8")   # as many characters, but others
+    prepare_text(Path("data/upper"), ["upper.txt"], "char")
     fails(train, *TINY, *argv, match=match)
 
 
@@ -870,8 +898,8 @@ def test_signal_finishes_the_step_saves_and_exits_0(number):
         pass
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and err == ""
-    assert out.splitlines()[-1].endswith("--checkpoint_interval=1000000 --init_from=resume") and checkpoint()["step"] > 0
+    assert process.returncode == 0 and err == "finishing this step; once more stops at once\n"
+    assert out.splitlines()[-1].endswith("--checkpoint_interval=1000000 --init_from=auto") and checkpoint()["step"] > 0
 
 
 def test_command_line_prints_one_line_and_no_traceback():
@@ -968,7 +996,7 @@ def test_character_of_several_tokens_is_shown_whole(capsys, monkeypatch, gpt2_to
     (["--prompt=Quetzal"], "does not know the character"), (["--prompt="], "empty prompt"), (["--prompt_file=none.txt"], "none.txt"),
     (["--prompt_file=latin.txt"], "latin.txt is not UTF-8"), (["--prompt=a", "--prompt_file=text.txt"], "not both"),
     (["--temperature=-0.5"], "temperature=-0.5"), (["--top_k=0"], "top_k=0"), (["--top_p=0"], "top_p=0"), (["--top_p=1.5"], "top_p=1.5"),
-    (["--num_samples=0"], "num_samples=0"), (["--max_new_tokens=0"], "max_new_tokens=0"), (["--out_dir=nowhere"], "nowhere holds no best.pt"),
+    (["--seed=-1"], "seed=-1"), (["--device=meta"], "device=meta"), (["--num_samples=0"], "num_samples=0"), (["--max_new_tokens=0"], "max_new_tokens=0"), (["--out_dir=nowhere"], "nowhere holds no best.pt"),
     (["--init_from=nowhere"], "nowhere: not one of"), (["--device=tpu9"], "device=tpu9")])
 def test_bad_sampling_input_is_one_clear_line(argv, match):
     train.main(TINY)

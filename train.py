@@ -13,6 +13,7 @@ import ast
 import csv
 import difflib
 import inspect
+import itertools
 import math
 import os
 import re
@@ -70,8 +71,10 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: must be at least 1")
         for name in ("max_iters", "warmup_iters", "learning_rate", "weight_decay", "grad_clip", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name}={getattr(self, name)}: must not be negative")
+            if not 0 <= getattr(self, name) < 2**32:
+                raise InputError(f"{name}={getattr(self, name)}: must be at least 0 and less than 2**32")
+        if self.min_lr is not None and not 0 <= self.min_lr <= self.learning_rate:
+            raise InputError(f"min_lr={self.min_lr}: must be at least 0 and at most learning_rate={self.learning_rate}")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise InputError(f"beta1={self.beta1}, beta2={self.beta2}: both must be at least 0 and less than 1")
         if self.dtype not in ("auto", "float32", "bfloat16"):
@@ -118,7 +121,8 @@ def run_config_file(path):
     try:
         exec(compile(source, path, "exec"), namespace)
     except Exception as e:
-        line = e.lineno if isinstance(e, SyntaxError) else traceback.extract_tb(e.__traceback__)[-1].lineno
+        frames = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
+        line = frames[-1] if frames else e.lineno   # a SyntaxError has no frame of its own
         raise InputError(f"{path}, line {line}: {type(e).__name__}: {e}") from None
     return {k: v for k, v in namespace.items() if not (k.startswith("_") or isinstance(v, types.ModuleType) or callable(v))}
 
@@ -127,7 +131,7 @@ def parse(text):
     """The Python value that text spells, in any case for True, False and None; else the text itself."""
     try:
         return ast.literal_eval(text.capitalize() if text.lower() in ("true", "false", "none") else text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return text
 
 
@@ -140,7 +144,7 @@ def check(key, value, kinds, where):
     """value, if key is a setting and value of its type; an int is a fine float."""
     if key not in kinds:
         near = difflib.get_close_matches(key, kinds, 1)
-        raise InputError(f"{where}{key} is not a setting{f', did you mean {near[0]}?' if near else ''} (--help lists them all)")
+        raise InputError(f"{where}{key} is not a setting{f', did you mean {near[0]}?' if near else ''} (--help lists them all; a name of your own begins with _)")
     allowed = allowed_types(kinds[key])
     if float in allowed and type(value) is int:
         value = float(value)
@@ -166,7 +170,8 @@ def print_help():
 # The pieces of the loop
 
 # bf16 matrix products a second by data sheet, dense. A device that is not listed gets no MFU rather than a wrong one.
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "L4": 121e12}
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
+              "RTX 4090": 165e12, "RTX 3090": 71e12, "L4": 121e12}
 
 
 def choose_device(device, dtype):
@@ -185,6 +190,8 @@ def choose_device(device, dtype):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"device={asked}: {str(e).splitlines()[0]}; --device=auto takes what is there") from None
+    if device.type not in ("cuda", "mps", "cpu"):
+        raise InputError(f"device={asked}: must be auto, cuda, cuda:1, mps or cpu")
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:   # macOS: float32, which works on every version
@@ -192,6 +199,12 @@ def choose_device(device, dtype):
     bf16 = dtype == "bfloat16" or dtype == "auto" and has_bf16
     why_dtype = "as asked" if dtype != "auto" else f"the hardware has {'' if has_bf16 else 'no '}bfloat16"
     return device, bf16, f"device: {device} ({why}), {'bfloat16' if bf16 else 'float32'} ({why_dtype})"
+
+
+def peak_flops(name):
+    """The entry whose words all stand in the device's name ("NVIDIA H100 80GB HBM3"), or None."""
+    words = set(name.replace("-", " ").split())
+    return next((v for k, v in PEAK_FLOPS.items() if set(k.split()) <= words and "Laptop" not in words), None)
 
 
 def lr_at(step, c):
@@ -259,11 +272,11 @@ def save(path, model, optimizer, config, step, best_val_loss, tokenizer):
 
 def load_optimizer(optimizer, model, states, path):
     """Put back the state of every parameter, saved by its name."""
-    parameters = dict(model.named_parameters())
-    if states.keys() != parameters.keys():
+    names = {p: name for name, p in model.named_parameters()}
+    if states.keys() != set(names.values()):
         raise InputError(f"{path}: the optimizer's state is not of this model")
-    for name, p in parameters.items():
-        optimizer.state[p] = {k: v.to(p.device) if v.dim() else v for k, v in states[name].items()}
+    order = [names[p] for group in optimizer.param_groups for p in group["params"]]
+    optimizer.load_state_dict(dict(state={i: states[name] for i, name in enumerate(order)}, param_groups=optimizer.state_dict()["param_groups"]))
 
 
 def build_model(c, asked, meta):
@@ -276,28 +289,27 @@ def build_model(c, asked, meta):
             raise InputError(f"vocab_size={asked.vocab_size} is less than the {meta['vocab_size']} ids of data/{c.dataset}")
         return GPT(asked), None
 
-    # Otherwise the shape is theirs, the dropout ours. What we ask for beyond the defaults must agree.
-    wanted = {f.name: v for f in fields(asked) if f.name != "dropout" and (v := getattr(asked, f.name)) != f.default}
     if c.init_from in ("resume", "auto"):
         if not path.exists():
             raise InputError(f"{path} does not exist: nothing to resume; --init_from=scratch starts, auto does what is possible")
         checkpoint = weights.load_checkpoint(path)
         model = GPT(replace(GPTConfig(**checkpoint["gpt_config"]), dropout=asked.dropout))
+        model.tokenizer = checkpoint["tokenizer"]
         weights.copy(model, checkpoint["model"], path)
-        if checkpoint["tokenizer"] != meta["tokenizer"]:
-            raise InputError(f"{path} was trained with another tokenizer than data/{c.dataset} has: take the dataset it was trained on")
+        wanted = asdict(asked) | ({"vocab_size": model.config.vocab_size} if asked.vocab_size == GPTConfig.vocab_size else {})
         changed = [f"{k} was {v}, is {getattr(c, k)}" for k, v in checkpoint["train_config"].items()
                    if k not in ("init_from", "eval_only") and getattr(c, k, v) != v]
         print(f"resuming {path} at step {checkpoint['step']:,}{'; note: ' + ', '.join(changed) if changed else ''}")
-    else:
+    else:   # someone's weights: what is not asked for is as they are, dropout apart
         path = c.init_from
-        changes = ("block_size", "use_rope", "rope_theta", "use_gqa", "n_kv_head", "use_swa", "window_size")   # can be made of theirs
-        model = GPT.from_pretrained(path, dropout=asked.dropout, **{k: v for k, v in wanted.items() if k in changes})
-        if model.config.vocab_size != meta["vocab_size"]:
-            raise InputError(f"{path} has {model.config.vocab_size} token ids, data/{c.dataset} {meta['vocab_size']}: prepare the text "
-                             f"with the tokenizer of those weights (GPT-2's: --tokenizer gpt2)")
+        wanted = {f.name: getattr(asked, f.name) for f in fields(asked) if f.name == "dropout" or getattr(asked, f.name) != f.default}
+        fixed = ("vocab_size", "n_layer", "n_head", "n_embd", "bias", "tied")
+        model = GPT.from_pretrained(path, **{k: v for k, v in wanted.items() if k not in fixed})
     if other := [f"{k} is {getattr(model.config, k)} there, not {v}" for k, v in wanted.items() if getattr(model.config, k) != v]:
         raise InputError(f"{path} has another architecture: {', '.join(other)}")
+    if model.tokenizer not in (None, meta["tokenizer"]) or model.config.vocab_size < meta["vocab_size"]:
+        raise InputError(f"{path} was trained with another tokenizer than data/{c.dataset} has: its ids mean other text; prepare yours "
+                         f"with the same one (GPT-2's: --tokenizer gpt2)")
     return model, checkpoint
 
 
@@ -308,8 +320,8 @@ class Log:
     def __init__(self, path, resume_step=None):
         self.path, self.rows = path, []
         if resume_step is not None and path.exists():   # rows after the checkpoint will be written again
-            with open(path, newline="", encoding="utf-8") as f:
-                whole = [r for r in csv.DictReader(f) if None not in r.values()]   # the last may be cut short by a crash
+            text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")   # a crash may leave the last line in any state
+            whole = [r for r in csv.DictReader(text.splitlines()) if None not in r.values() and r["step"].isdigit()]
             self.rows = [r for r in whole if int(r["step"]) < resume_step or int(r["step"]) == resume_step and not r["val_loss"]]
         with weights.replacing(path) as f:
             f.write(("\n".join([",".join(self.FIELDS)] + [",".join(r[k] for k in self.FIELDS) for r in self.rows]) + "\n").encode())
@@ -389,15 +401,19 @@ def main(argv):
     out = Path(c.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     if step == 0:
-        for name in ("ckpt.pt", "best.pt", "metrics.csv"):   # a run that is already there is not lost to this one
-            if (out / name).exists():
-                os.replace(out / name, out / f"old_{name}")
-                print(f"{out / name} of an earlier run is now {out / f'old_{name}'}")
+        there = [name for name in ("ckpt.pt", "best.pt", "metrics.csv") if (out / name).exists()]
+        if there:   # a run that is already there is not lost to this one
+            old = next(path for n in itertools.count(1) if not (path := out / f"old{n}").exists())
+            old.mkdir()
+            for name in there:
+                os.replace(out / name, old / name)
+            print(f"an earlier run was there: {', '.join(there)} are now in {old}")
     log = Log(out / "metrics.csv", resume_step=step or None)
 
     stop = []   # the first SIGINT or SIGTERM ends the run after the step it is in, a second one at once
     def on_signal(number, frame):
         stop.append(signal.Signals(number).name)
+        os.write(2, b"finishing this step; once more stops at once\n")   # print is not safe here
         signal.signal(number, signal.SIG_DFL)
     handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -405,9 +421,9 @@ def main(argv):
         save(out / name, model, optimizer, c, step, best_val_loss, meta["tokenizer"])
 
     flops = model.flops_per_token(block_size)
-    peak = next((v for k, v in PEAK_FLOPS.items() if bf16 and device.type == "cuda" and k in torch.cuda.get_device_name()), None)
+    peak = peak_flops(torch.cuda.get_device_name()) if bf16 and device.type == "cuda" else None
     first_step, start, elapsed_before = step, time.perf_counter(), float(log.rows[-1]["elapsed_s"]) if log.rows else 0.0
-    train_seconds, counted_from = 0.0, step   # of steps alone, without evaluations and checkpoints
+    train_seconds, counted_from, running_since = 0.0, step, start   # evaluations and checkpoints do not count
     loss = norm = torch.zeros(())
     while True:
         stopping = bool(stop)   # looked at once: a signal may come at any moment, and what follows must agree
@@ -417,6 +433,7 @@ def main(argv):
         if saving or logging:   # only here: reading a number waits until the GPU has computed it
             check_finite(step, "loss", loss.item())
             check_finite(step, "gradient norm", norm.item())
+            train_seconds += time.perf_counter() - running_since
             if logging and step > counted_from:
                 elapsed = time.perf_counter() - start
                 speed = (step - counted_from) * tokens_per_step / train_seconds
@@ -427,21 +444,21 @@ def main(argv):
                 log(step=step, tokens=step * tokens_per_step, train_loss=f"{loss.item():.6f}", lr=f"{lr:.6g}",
                     grad_norm=f"{norm.item():.6g}", tokens_per_s=f"{speed:.0f}", elapsed_s=f"{elapsed_before + elapsed:.1f}")
                 train_seconds, counted_from = 0.0, step
-        if evaluating:
-            val_loss = evaluate(model, forward, val_data, c, autocast, device)
-            check_finite(step, "validation loss", val_loss)
-            print(f"step {step:,}: validation loss {val_loss:.4f}{', the best so far' if val_loss < best_val_loss else ''}")
-            elapsed = elapsed_before + time.perf_counter() - start
-            log(step=step, tokens=step * tokens_per_step, val_loss=f"{val_loss:.6f}", elapsed_s=f"{elapsed:.1f}")
-            if val_loss < best_val_loss:
-                best_val_loss = val_loss
-                save_as("best.pt")
-        if saving and (step > first_step or stopping):
-            save_as("ckpt.pt")
-        if stopping or step >= c.max_iters:
-            break
+            if evaluating:
+                val_loss = evaluate(model, forward, val_data, c, autocast, device)
+                check_finite(step, "validation loss", val_loss)
+                print(f"step {step:,}: validation loss {val_loss:.4f}{', the best so far' if val_loss < best_val_loss else ''}")
+                elapsed = elapsed_before + time.perf_counter() - start
+                log(step=step, tokens=step * tokens_per_step, val_loss=f"{val_loss:.6f}", elapsed_s=f"{elapsed:.1f}")
+                if val_loss < best_val_loss:
+                    best_val_loss = val_loss
+                    save_as("best.pt")
+            if saving and step > first_step:
+                save_as("ckpt.pt")
+            if stopping or step >= c.max_iters:
+                break
+            running_since = time.perf_counter()
 
-        step_start = time.perf_counter()
         torch.manual_seed(c.seed + step)   # dropout, like the data, depends on nothing but seed and step
         lr = lr_at(step, c)
         for group in optimizer.param_groups:
@@ -458,12 +475,11 @@ def main(argv):
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        train_seconds += time.perf_counter() - step_start
 
     for s, handler in handlers.items():
         signal.signal(s, handler)
     if stopping:
-        print(f"{stop[0]}: saved {out / 'ckpt.pt'} at step {step:,}; go on with\n  python train.py {shlex.join(argv)} --init_from=resume")
+        print(f"{stop[0]}: stopped at step {step:,}; go on with\n  python train.py {shlex.join(argv)} --init_from=auto")
         return
     curve = [float(r["val_loss"]) for r in log.rows if r["val_loss"]]
     print(f"\nvalidation loss {curve[0]:.2f} {sparkline(curve)} {curve[-1]:.4f}, the best {best_val_loss:.4f}, in {clock(elapsed)}\n")

@@ -30,7 +30,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 # Models
 
 def load(name_or_folder):
-    """-> GPTConfig, {name of a parameter: tensor}, the path they came from"""
+    """-> GPTConfig, {name of a parameter: tensor}, tokenizer or None, the path they came from"""
     path = Path(name_or_folder)
     if not path.exists() and str(name_or_folder) in GPT2_SIZES:
         path = download_gpt2(str(name_or_folder))
@@ -38,9 +38,10 @@ def load(name_or_folder):
         path = next((path / f for f in ("best.pt", "ckpt.pt") if (path / f).exists()), path)
     if path.is_file():
         checkpoint = load_checkpoint(path)
-        return GPTConfig(**checkpoint["gpt_config"]), checkpoint["model"], path
+        return GPTConfig(**checkpoint["gpt_config"]), checkpoint["model"], checkpoint["tokenizer"], path
     if (path / "config.json").exists():
-        return *read_folder(path), path
+        config, tensors = read_folder(path)
+        return config, tensors, {"kind": "gpt2"} if config.vocab_size == 50257 else None, path
     raise InputError(f"{name_or_folder}: not one of {', '.join(GPT2_SIZES)}, nor a folder with config.json and weights")
 
 
@@ -70,7 +71,9 @@ def adapt(tensors, theirs, ours, path):
             raise InputError(f"n_kv_head={k}: {path} has {K} key/value heads, and only a divisor of that can be made from them")
         for name, t in tensors.items():
             if ".c_attn." in name:   # (H+2K)*D rows: of each K/k heads the mean
-                q, kv = t.view(H + 2 * K, -1, *t.shape[1:]).split((H, 2 * K))
+                if len(t) != (H + 2 * K) * ours.n_embd // H:
+                    raise InputError(f"{path}: {name} has {len(t)} rows, {H} heads and twice {K} need {(H + 2 * K) * ours.n_embd // H}")
+                q, kv = t.unflatten(0, (H + 2 * K, -1)).split((H, 2 * K))
                 tensors[name] = torch.cat((q, kv.unflatten(0, (2 * k, -1)).mean(1))).flatten(0, 1)
     return tensors
 
@@ -110,8 +113,20 @@ def read_folder(folder):
         if hf.get(key, allowed[0]) not in allowed:
             raise InputError(f"{where}: {key}={hf[key]!r} is not the architecture of model.py, which has {allowed[0]!r}")
 
+    try:
+        tensors = own_names(read_tensors(folder), hf)
+    except (RuntimeError, TypeError) as e:   # shapes that do not go together
+        raise InputError(f"{folder}: its tensors are not those of a {hf['model_type']}: {str(e).splitlines()[0]}") from None
+    if config.tied and "wte.weight" in tensors:
+        if not torch.equal(tensors.pop("lm_head.weight", tensors["wte.weight"]), tensors["wte.weight"]):
+            raise InputError(f"{folder}: lm_head.weight differs from the embedding, and config.json says that they are tied")
+    return config, tensors
+
+
+def own_names(theirs, hf):
+    """Tensors as a Hugging Face folder has them -> as model.py has them"""
     tensors = {}
-    for name, t in read_tensors(folder).items():
+    for name, t in theirs.items():
         if hf["model_type"] == "gpt2":
             name = name.removeprefix("transformer.")
             t = t.t() if name.endswith(CONV1D) and t.dim() == 2 else t
@@ -126,10 +141,7 @@ def read_folder(folder):
             tensors[name.replace("self_attn.q_proj", "attn.c_attn")] = torch.cat([tensors.pop(part) for part in parts])
     if hf.get("use_bias") is False:   # StarCoder2 without: linear layers alone, its layer norms keep theirs. Zero is the same
         tensors |= {n.replace("weight", "bias"): torch.zeros(len(t)) for n, t in tensors.items() if ".c_" in n and n.endswith("weight")}
-    if config.tied and "wte.weight" in tensors:
-        if not torch.equal(tensors.pop("lm_head.weight", tensors["wte.weight"]), tensors["wte.weight"]):
-            raise InputError(f"{folder}: lm_head.weight differs from the embedding, and config.json says that they are tied")
-    return config, tensors
+    return tensors
 
 
 def gpt2_config(hf):
@@ -176,8 +188,8 @@ def read_tensors(folder):
 def save(model, folder):
     """config.json and model.safetensors, as transformers reads them."""
     c = model.config
-    common = dict(vocab_size=c.vocab_size, tie_word_embeddings=c.tied, torch_dtype="float32", bos_token_id=c.vocab_size - 1,
-                  eos_token_id=c.vocab_size - 1)
+    end = 50256 if c.vocab_size == 50257 else None   # GPT-2's <|endoftext|>; of another vocabulary we do not know
+    common = dict(vocab_size=c.vocab_size, tie_word_embeddings=c.tied, torch_dtype="float32", bos_token_id=end, eos_token_id=end)
     if not (c.use_rope or c.use_gqa or c.use_swa):
         prefix, renames = "transformer.", {}
         config = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
@@ -278,15 +290,14 @@ def load_pickle(path):
 def load_checkpoint(path):
     """The dictionary train.py saved at path."""
     checkpoint = load_pickle(path)
-    keys = ("model", "optimizer", "gpt_config", "train_config", "step", "best_val_loss", "tokenizer")
-    if not isinstance(checkpoint, dict) or not all(k in checkpoint for k in keys):
+    kinds = dict(model=dict, optimizer=dict, gpt_config=dict, train_config=dict, step=int, best_val_loss=float, tokenizer=dict)
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), kind) for k, kind in kinds.items()):
         raise InputError(f"{path} is not a checkpoint of train.py")
     try:
         checkpoint["gpt_config"] = asdict(GPTConfig(**checkpoint["gpt_config"]))
-    except TypeError as e:
+    except (TypeError, InputError) as e:
         raise InputError(f"{path} is not a checkpoint of train.py: {e}") from None
     return checkpoint
-
 
 
 @contextmanager
