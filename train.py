@@ -37,7 +37,7 @@ from prepare_data import FINEWEB_SHARDS, SHARD_TOKENS, Data, Tokenizer, load_met
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Configuration. The defaults train GPT-2 124M on 10 billion tokens of FineWeb: the setting of eight GPUs.
+# Configuration. The defaults train GPT-2 124M on 10 billion tokens of FineWeb.
 
 @dataclass
 class TrainConfig:
@@ -261,7 +261,8 @@ def save(path, model, optimizer, config, step, best_val_loss, tokenizer):
     names = {p: name for name, p in model.named_parameters()}
     checkpoint = dict(model=model.state_dict(), optimizer={names[p]: state for p, state in optimizer.state.items()},
                       gpt_config=asdict(model.config), train_config=asdict(config), step=step,
-                      best_val_loss=best_val_loss, rng=torch.get_rng_state(), tokenizer=tokenizer)
+                      best_val_loss=best_val_loss, tokenizer=tokenizer,
+                      rng=torch.get_rng_state())   # for the record: train.py seeds every step anew, so that nothing depends on it
     try:
         with weights.replacing(path) as f:
             torch.save(checkpoint, f)

@@ -1,6 +1,6 @@
 """
-GPT-2 124M from scratch on 10 billion tokens of FineWeb, for eight GPUs. These are the defaults, written out.
-Expected validation loss: 3.29, as others have measured for this model and data (build-nanogpt, llm.c).
+GPT-2 124M from scratch on 10 billion tokens of FineWeb. These are the defaults, written out.
+Expected validation loss: about 3.29, as llm.c reports for this model and data.
 """
 out_dir = "out"
 dataset = "fineweb"      # 100 shards, 20 GB, fetched when missing
