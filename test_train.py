@@ -889,7 +889,7 @@ def test_loss_that_is_not_finite_stops_before_anything_is_overwritten(where, mon
         return logits, loss
     monkeypatch.setattr(GPT, "forward", bad)
     for flags in ([], ["--checkpoint_interval=1"]):
-        fails(train, *TINY, "--init_from=resume", *flags, match=f"step [79]: .*{where}.* (inf|nan). Nothing was overwritten")
+        fails(train, *TINY, "--init_from=resume", *flags, match="step [79]: (loss|gradient norm) (inf|nan). Nothing was overwritten")
         assert before == {p: p.read_bytes() for p in Path("out").glob("*.pt")}
 
 
