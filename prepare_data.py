@@ -120,7 +120,7 @@ def read_text(paths, what):
     """Yield the text of the files, about a megabyte at a time. A character cut by a piece's end goes to the next one."""
     progress, done = Progress(what, sum(os.path.getsize(p) for p in paths)), 0
     for path in paths:
-        decoder = codecs.getincrementaldecoder("utf-8")()
+        decoder = codecs.getincrementaldecoder("utf-8-sig")()   # a mark that Windows put in front is no text
         with open(path, "rb") as f:
             while True:
                 raw = f.read(1 << 20)
@@ -283,6 +283,8 @@ def prepare_text(folder, paths, kind):
                 write(split, tokenizer.encode(head))
         for split in rest:
             write(split, tokenizer.encode(rest[split]))
+        if not all(counts.values()):
+            raise InputError(f"{counts['train']} training and {counts['val']} validation tokens: this text is too short to split")
     if unknown:
         print(f"{unknown:,} characters of the validation split do not occur in the training split: left out")
     write_meta(folder, tokenizer, dtype, {s: {f"{s}.bin": counts[s]} for s in counts}, sha256(paths))
@@ -345,7 +347,7 @@ def prepare(name, root="data", shards=1):
     """Make data/<name> from one of DATASETS."""
     folder = Path(root) / name
     if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, 1)
+        near = difflib.get_close_matches(name, [*DATASETS, *(p.parent.name for p in Path(root).glob("*/meta.json"))], 1)
         raise InputError(f"unknown dataset {name!r}{f', did you mean {near[0]!r}?' if near else ''}: there are {', '.join(DATASETS)}; "
                          f"your own: python prepare_data.py --input FILE --name {name}")
     print(f"preparing {folder}")
@@ -451,12 +453,18 @@ def main(argv):
 
 def run(main):
     """main(sys.argv[1:]); what the user can put right ends as one line on stderr and exit status 1."""
-    for stream in (sys.stdout, sys.stderr):   # a Windows console may not know every character; a log file should show each line
+    for stream in filter(None, (sys.stdout, sys.stderr)):   # a Windows console may lack a character; a log should show each line
         stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
     try:
         main(sys.argv[1:])
+    except BrokenPipeError:   # whoever read our output, `head` say, has seen enough
+        os._exit(0)
     except (InputError, OSError) as e:
         sys.exit(f"error: {e}")
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "memory" not in str(e):
+            raise
+        sys.exit("error: not enough memory: a smaller micro_batch_size, block_size or n_embd takes less")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 

@@ -231,14 +231,20 @@ def test_rows_of_a_batch_are_independent():
 
 
 def test_row_that_reaches_the_stop_token_stays_stopped():
-    model, idx = tiny(), tokens(2, 6)
-    free = model.generate(idx, 12, temperature=0)
-    stop = free[0, 9].item()
-    out = model.generate(idx, 12, temperature=0, stop_token=stop)
-    first = free[0, 6:].tolist().index(stop) + 6
-    assert torch.equal(out[0, :first + 1], free[0, :first + 1]) and (out[0, first:] == stop).all()
-    alone = model.generate(idx[:1], 12, temperature=0, stop_token=stop)
-    assert torch.equal(alone, free[:1, :first + 1])   # once every row has stopped, so does generation
+    model = tiny()
+
+    def draw(idx, **arguments):
+        torch.manual_seed(5)
+        return model.generate(idx, 12, temperature=3.0, **arguments)
+    for rows in (2, 1):
+        idx = tokens(2, 6)[:rows]
+        free = draw(idx)
+        stop = free[0, 9].item()
+        first = free[0, 6:].tolist().index(stop) + 6
+        assert (free[0, first:] != stop).any() and not (free[1:] == stop).any()   # it would go on, and the other row does
+        out = draw(idx, stop_token=stop)
+        assert torch.equal(out[0, :first + 1], free[0, :first + 1]) and (out[0, first:] == stop).all()
+        assert out.shape[1] == (18 if rows == 2 else first + 1)   # once every row has stopped, so does generation
 
 
 def test_stream_yields_what_generate_returns():

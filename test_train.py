@@ -110,6 +110,11 @@ def test_later_files_win_over_earlier_and_flags_over_files():
     assert (gpt_config.n_layer, gpt_config.n_head, gpt_config.n_embd, c.max_iters) == (6, 4, 64, 30)
 
 
+def test_config_file_of_a_windows_editor():
+    Path("a.py").write_text("n_layer = 5", encoding="utf-8-sig")
+    assert load_config(["a.py"])[1].n_layer == 5
+
+
 def test_bare_flag_before_a_file_does_not_swallow_it():
     Path("a.py").write_text("n_layer = 5")
     c, gpt_config = load_config(["--eval_only", "a.py"])
@@ -157,7 +162,13 @@ def test_help_lists_every_setting_with_default_and_comment(capsys):
     (["--n_layer=four"], "n_layer='four' is of type str, must be int"),
     (["--n_layer=4.0"], "n_layer=4.0 is of type float, must be int"),
     (["--n_layer=True"], "n_layer=True is of type bool, must be int"),
-    (["--n_layer"], "n_layer=True is of type bool, must be int"),
+    (["--n_layer"], "--n_layer needs a value"),
+    (["--out_dir", "--eval_only"], "--out_dir needs a value"),
+    (["--out_dir="], "out_dir='', dataset='fineweb': neither may be empty"),
+    (["exits.py"], "exits.py, line 2: SystemExit"),
+    (["lines.py"], "lines.py, line 1: ValueError: one$"),
+    ([*TINY, "--n_embd=4000000"], "not enough memory"),
+    ([*TINY, "--device=hpu"], "device=hpu: must be auto"),
     (["--eval_only=1"], "eval_only=1 is of type int, must be bool"),
     (["--min_lr=low"], "min_lr='low' is of type str, must be float or None"),
     (["type.py"], "type.py: out_dir=7 is of type int, must be str"),
@@ -184,6 +195,8 @@ def test_bad_configuration_is_one_clear_line(argv, match):
     Path("type.py").write_text("out_dir = 7")
     Path("latin.py").write_bytes("out_dir = 'é'".encode("latin1"))
     Path("raises.py").write_text("n_layer = 1\nn_head = 1 / 0")
+    Path("exits.py").write_text("import sys\nsys.exit()")
+    Path("lines.py").write_text("raise ValueError('one\\ntwo')")
     Path("library.py").write_text("import json\nn_layer = json.loads('{')")
     Path("syntax.py").write_text("n_layer = 1\nn_head = = 2")
     fails(train, *argv, match=match)
@@ -341,11 +354,13 @@ def test_broken_shard_is_refused(spoil):
     (["shakespeer"], "unknown dataset 'shakespeer', did you mean 'shakespeare'"),
     (["fineweb", "--shards=0"], "--shards=0: fineweb has 1 to 103"),
     (["--input", "empty.txt", "--name", "x"], "empty.txt: empty text"),
+    (["--input", "one.txt", "--name", "x"], "this text is too short to split"),
     (["--input", "missing.txt", "--name", "x"], "missing.txt is not a file"),
     (["--input", "latin.txt", "--name", "x"], r"latin.txt is not UTF-8 text \(byte 3\)"),
     (["--input", "cut.txt", "--name", "x"], r"cut.txt is not UTF-8 text \(byte 1\)")])
 def test_bad_text_is_one_clear_line_and_leaves_no_dataset(argv, match):
     Path("empty.txt").write_text("")
+    Path("one.txt").write_text("a")
     Path("latin.txt").write_bytes("caf\u00e9!".encode("latin1"))
     Path("cut.txt").write_bytes("a€".encode()[:-1])
     fails(prepare_data, *argv, match=match)
@@ -758,6 +773,14 @@ def test_metrics_that_a_crash_cut_short_do_not_stop_a_resumed_run(damage):
     assert [int(r["step"]) for r in rows()] == [0, 3, 6, 6, 9, 12, 12]
 
 
+def test_metrics_that_are_not_ours_are_kept_aside():
+    train.main([*TINY, "--max_iters=6", "--lr_decay_iters=12"])
+    theirs = Path("out/metrics.csv").read_text().replace(",", ";")
+    Path("out/metrics.csv").write_text(theirs, encoding="utf-8-sig")
+    train.main([*TINY, "--init_from=resume"])
+    assert Path("out/metrics.csv.unknown").read_text(encoding="utf-8-sig") == theirs and [int(r["step"]) for r in rows()] == [6, 9, 12, 12]
+
+
 def test_peak_is_of_the_device_or_unknown():
     names = {"NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA L4": 121e12, "NVIDIA L40S": None,
              "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA GH200 480GB": None, "Tesla T4": None}
@@ -787,6 +810,7 @@ def test_changed_settings_are_named_on_resume(capsys):
     (["--block_size=4"], "another architecture: block_size is 8 there, not 4"),
     (["--bias=False"], "another architecture: bias is True there, not False"),
     (["--out_dir=elsewhere"], "elsewhere.ckpt.pt does not exist: nothing to resume"),
+    (["--n_layer=12"], "another architecture: n_layer is 2 there, not 12"),
     (["--dataset=other"], "trained with another tokenizer than data/other")])
 def test_resuming_what_does_not_fit_is_one_clear_line(argv, match):
     train.main(TINY)
@@ -833,6 +857,21 @@ def test_folder_of_weights_or_a_run_is_a_start(capsys):
         assert checkpoint()["step"] == 1   # a new run: its own steps, its own optimizer
 
 
+def test_run_from_weights_of_another_shape_resumes_with_the_same_flags():
+    GPT(GPTConfig(8, 17, 1, 1, 8)).save_pretrained("weights")
+    flags = [f for f in TINY if not f.startswith("--n_")]
+    train.main([*flags, "--init_from=weights", "--max_iters=6"])
+    for more in ("--max_iters=8", "--max_iters=10"):
+        train.main([*flags, "--init_from=resume", more])
+    assert checkpoint()["step"] == 10 and checkpoint()["gpt_config"]["n_embd"] == 8
+
+
+def test_export_into_the_folder_of_a_run_does_not_hide_the_run(capsys):
+    train.main(TINY)
+    GPT.from_pretrained("out").save_pretrained("out")
+    sample.main(["--out_dir=out", "--max_new_tokens=5", "--device=cpu"])
+
+
 def test_weights_may_be_trained_on_with_a_shorter_block_size():
     train.main([*TINY, "--out_dir=first"])
     GPT.from_pretrained("first").save_pretrained("weights")
@@ -862,7 +901,7 @@ def test_weights_that_do_not_fit_are_one_clear_line(argv, match):
 
 def test_out_dir_that_cannot_be_written():
     Path("occupied").write_text("a file")
-    fails(train, *TINY, "--out_dir=occupied/out", match="occupied")
+    fails(train, *TINY, "--out_dir=occupied/out", match="out_dir=occupied.out: Not a directory")
     assert Path("occupied").read_text() == "a file"
 
 

@@ -73,6 +73,8 @@ class TrainConfig:
         for name in ("max_iters", "warmup_iters", "learning_rate", "weight_decay", "grad_clip", "seed"):
             if not 0 <= getattr(self, name) < 2**32:
                 raise InputError(f"{name}={getattr(self, name)}: must be at least 0 and less than 2**32")
+        if not self.out_dir or not self.dataset:
+            raise InputError(f"out_dir={self.out_dir!r}, dataset={self.dataset!r}: neither may be empty")
         if self.min_lr is not None and not 0 <= self.min_lr <= self.learning_rate:
             raise InputError(f"min_lr={self.min_lr}: must be at least 0 and at most learning_rate={self.learning_rate}")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
@@ -102,8 +104,10 @@ def load_config(argv):
             continue
         key, equals, text = arg.lstrip("-").partition("=")   # at the first "=": the value may hold more of them
         if not equals:
-            flag = bool in allowed_types(kinds.get(key))
+            flag = key not in kinds or bool in allowed_types(kinds[key])
             follows = bool(args) and not args[0].startswith("--") and (not flag or args[0].lower() in ("true", "false", "none"))
+            if not flag and not follows:
+                raise InputError(f"--{key} needs a value")
             text = args.pop(0) if follows else "True"
         from_flags[key] = check(key, text if str in allowed_types(kinds.get(key)) else parse(text), kinds, "--")
     values = from_files | from_flags
@@ -113,17 +117,17 @@ def load_config(argv):
 def run_config_file(path):
     """Run a config file in a namespace of its own -> the plain values it sets."""
     try:
-        source = Path(path).read_text(encoding="utf-8")
+        source = Path(path).read_text(encoding="utf-8-sig")   # Windows may have put a mark in front
     except (OSError, UnicodeDecodeError) as e:
-        there = ", ".join(sorted(p.as_posix() for p in Path("config").glob("*.py")))
+        there = ", ".join(sorted(p.as_posix() for p in Path("config").glob("*.py"))) or "none: run it in the folder of train.py"
         raise InputError(f"cannot read the config file {path}: {getattr(e, 'strerror', None) or 'not UTF-8 text'}; there are {there}") from None
     namespace = {"__file__": path}
     try:
         exec(compile(source, path, "exec"), namespace)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         frames = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
-        line = frames[-1] if frames else e.lineno   # a SyntaxError has no frame of its own
-        raise InputError(f"{path}, line {line}: {type(e).__name__}: {e}") from None
+        line = frames[-1] if frames else getattr(e, "lineno", None)   # a SyntaxError has no frame of its own
+        raise InputError(f"{path}{f', line {line}' if line else ''}: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}") from None
     return {k: v for k, v in namespace.items() if not (k.startswith("_") or isinstance(v, types.ModuleType) or callable(v))}
 
 
@@ -187,11 +191,11 @@ def choose_device(device, dtype):
         device, why = "cpu", f"no CUDA or Apple GPU found; {torch.get_num_threads()} threads"
     try:
         device = torch.device(device)
+        if device.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("must be auto, cuda, cuda:1, mps or cpu")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"device={asked}: {str(e).splitlines()[0]}; --device=auto takes what is there") from None
-    if device.type not in ("cuda", "mps", "cpu"):
-        raise InputError(f"device={asked}: must be auto, cuda, cuda:1, mps or cpu")
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:   # macOS: float32, which works on every version
@@ -267,8 +271,8 @@ def save(path, model, optimizer, config, step, best_val_loss, tokenizer):
         with weights.replacing(path) as f:
             torch.save(checkpoint, f)
     except (OSError, RuntimeError) as e:   # torch reports a full disk as either
-        raise InputError(f"cannot save {path} ({str(e).splitlines()[0]}): what was there before is untouched; make room, "
-                         f"then go on with --init_from=resume") from None
+        raise InputError(f"cannot save {path} ({str(e).splitlines()[0]}): what was there before is untouched; when that is put "
+                         f"right, go on with --init_from=auto") from None
 
 
 def load_optimizer(optimizer, model, states, path):
@@ -288,18 +292,24 @@ def build_model(c, asked, meta):
             asked = replace(asked, vocab_size=meta["vocab_size"])
         if asked.vocab_size < meta["vocab_size"]:
             raise InputError(f"vocab_size={asked.vocab_size} is less than the {meta['vocab_size']} ids of data/{c.dataset}")
+        c.init_from = "scratch"
         return GPT(asked), None
 
     if c.init_from in ("resume", "auto"):
         if not path.exists():
-            raise InputError(f"{path} does not exist: nothing to resume; --init_from=scratch starts, auto does what is possible")
+            old = ", ".join(map(str, path.parent.glob("old*/ckpt.pt")))
+            raise InputError(f"{path} does not exist: nothing to resume; --init_from=scratch starts, auto does what is possible"
+                             f"{f'; an earlier run was moved to {old}' if old else ''}")
         checkpoint = weights.load_checkpoint(path)
         model = GPT(replace(GPTConfig(**checkpoint["gpt_config"]), dropout=asked.dropout))
         model.tokenizer = checkpoint["tokenizer"]
         weights.copy(model, checkpoint["model"], path)
-        wanted = asdict(asked) | ({"vocab_size": model.config.vocab_size} if asked.vocab_size == GPTConfig.vocab_size else {})
+        started = checkpoint["train_config"].get("init_from")
+        wanted = {f.name: getattr(asked, f.name) for f in fields(asked) if getattr(asked, f.name) != f.default or
+                  started == "scratch" and f.name != "vocab_size"}   # a run that began with other weights took their shape
         changed = [f"{k} was {v}, is {getattr(c, k)}" for k, v in checkpoint["train_config"].items()
                    if k not in ("init_from", "eval_only") and getattr(c, k, v) != v]
+        c.init_from = started   # what the next checkpoints, too, should say
         print(f"resuming {path} at step {checkpoint['step']:,}{'; note: ' + ', '.join(changed) if changed else ''}")
     else:   # someone's weights: what is not asked for is as they are, dropout apart
         path = c.init_from
@@ -322,7 +332,11 @@ class Log:
         self.path, self.rows = path, []
         if resume_step is not None and path.exists():   # rows after the checkpoint will be written again
             text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")   # a crash may leave the last line in any state
-            whole = [r for r in csv.DictReader(text.splitlines()) if None not in r.values() and r["step"].isdigit()]
+            table = csv.DictReader(text.splitlines())
+            if tuple(table.fieldnames or ()) != self.FIELDS:
+                os.replace(path, f"{path}.unknown")
+                print(f"{path} is not as train.py writes it: it is now {path}.unknown")
+            whole = [r for r in table if None not in r.values() and r.get("step", "").isdigit()]
             self.rows = [r for r in whole if int(r["step"]) < resume_step or int(r["step"]) == resume_step and not r["val_loss"]]
         with weights.replacing(path) as f:
             f.write(("\n".join([",".join(self.FIELDS)] + [",".join(r[k] for k in self.FIELDS) for r in self.rows]) + "\n").encode())
@@ -400,7 +414,10 @@ def main(argv):
         return
 
     out = Path(c.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"out_dir={c.out_dir}: {e.strerror}; name a folder that can be made and written to") from None
     if step == 0:
         there = [name for name in ("ckpt.pt", "best.pt", "metrics.csv") if (out / name).exists()]
         if there:   # a run that is already there is not lost to this one
@@ -423,7 +440,7 @@ def main(argv):
 
     flops = model.flops_per_token(block_size)
     peak = peak_flops(torch.cuda.get_device_name()) if bf16 and device.type == "cuda" else None
-    first_step, start, elapsed_before = step, time.perf_counter(), float(log.rows[-1]["elapsed_s"]) if log.rows else 0.0
+    first_step, start, elapsed_before = step, time.perf_counter(), float(log.rows[-1]["elapsed_s"] or 0) if log.rows else 0.0
     train_seconds, counted_from, running_since = 0.0, step, start   # evaluations and checkpoints do not count
     loss = norm = torch.zeros(())
     while True:
