@@ -57,7 +57,8 @@ class GPTConfig:
             if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
                 raise InputError(f"{name}={getattr(self, name)!r}: must be a whole number, at least 1")
         if self.n_embd % self.n_head:
-            raise InputError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: each head takes n_embd/n_head channels")
+            raise InputError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
+                             f"each head takes n_embd/n_head channels")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout={self.dropout}: must be at least 0 and less than 1")
         if self.use_rope and (self.n_embd // self.n_head) % 2:
@@ -246,7 +247,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        x = F.gelu(self.c_fc(x), approximate="tanh")   # GPT-2 was trained with the tanh form; the exact one is up to 5e-4 off
+        x = F.gelu(self.c_fc(x), approximate="tanh")   # as GPT-2 was trained; the exact form is up to 5e-4 off
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
@@ -268,7 +269,7 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """A decoder-only transformer. Parameters carry the names of the released checkpoint, so loading one is a loop."""
-    tokenizer = None   # what its token ids mean, as prepare_data.Tokenizer takes it; from_pretrained sets it where the files tell
+    tokenizer = None   # what the ids mean, for prepare_data.Tokenizer; from_pretrained sets it where the files tell
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -379,8 +380,9 @@ class GPT(nn.Module):
         stop_token   end a row at this id, fill it up with the same, and return once every row has ended
         vocab_size   never sample an id at or past this: for a vocabulary padded beyond its tokenizer
         returns      (B, T + new), new at most max_new_tokens. With RoPE and a window in every layer, memory and time a
-                     token stay constant (to about a million tokens: then float32 angles grow coarse); otherwise past block_size the last block_size tokens are read anew
-                     for each token, as GPT-2 has no further positions and no model was trained on more
+                     token stay constant (to about a million tokens, where float32 angles grow coarse). Otherwise, past
+                     block_size, the last block_size tokens are read anew for each token: GPT-2 has no further positions,
+                     and no model was trained on more
         raises       ValueError for an empty prompt, temperature < 0, top_k < 1 or top_p outside (0, 1]
         """
         new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop_token, vocab_size)

@@ -148,7 +148,8 @@ def check(key, value, kinds, where):
     """value, if key is a setting and value of its type; an int is a fine float."""
     if key not in kinds:
         near = difflib.get_close_matches(key, kinds, 1)
-        raise InputError(f"{where}{key} is not a setting{f', did you mean {near[0]}?' if near else ''} (--help lists them all; a name of your own begins with _)")
+        raise InputError(f"{where}{key} is not a setting{f', did you mean {near[0]}?' if near else ''} "
+                         f"(--help lists them all; a name of your own begins with _)")
     allowed = allowed_types(kinds[key])
     if float in allowed and type(value) is int:
         value = float(value)
@@ -281,7 +282,8 @@ def load_optimizer(optimizer, model, states, path):
     if states.keys() != set(names.values()):
         raise InputError(f"{path}: the optimizer's state is not of this model")
     order = [names[p] for group in optimizer.param_groups for p in group["params"]]
-    optimizer.load_state_dict(dict(state={i: states[name] for i, name in enumerate(order)}, param_groups=optimizer.state_dict()["param_groups"]))
+    state = {i: states[name] for i, name in enumerate(order)}   # torch numbers parameters in the order of its groups
+    optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()["param_groups"]))
 
 
 def build_model(c, asked, meta):
@@ -390,7 +392,8 @@ def main(argv):
     train_data = Data(folder, meta, "train", block_size, c.seed)
     val_data = Data(folder, meta, "val", block_size, c.seed)
     switches = [name for name in ("rope", "gqa", "swa") if getattr(model.config, f"use_{name}")]
-    print(f"model: {'+'.join(switches) or 'gpt2'}, {model.num_params() / 1e6:.2f}M parameters; data: {folder}, {train_data.n * block_size:,} training tokens")
+    print(f"model: {'+'.join(switches) or 'gpt2'}, {model.num_params() / 1e6:.2f}M parameters; "
+          f"data: {folder}, {train_data.n * block_size:,} training tokens")
 
     # batch arithmetic
     micro = c.micro_batch_size
