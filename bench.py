@@ -78,7 +78,7 @@ def attention(W=256):
             memory = pool.map(backward_memory, [(form, T, W) for form in forms], chunksize=1)
             with torch.no_grad():
                 q, k, v = qkv(T).split(12, dim=1)
-                taken = times(*(lambda form=form: form(q, k, v, W) for form in forms.values()))
+                taken = times(*(lambda form=form: form(q, k, v, W) for form in forms.values()), repeat=25 if T < 8192 else 5)
             for form, seconds, mb in zip(forms, taken, memory):
                 ratio = statistics.median(taken[0]) / statistics.median(seconds)
                 print(f"T {T:6}  {form:6} {ms(seconds):40} {ratio:5.1f} times as fast as full   {mb:6.0f} MB", flush=True)

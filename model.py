@@ -144,8 +144,8 @@ def attend_in_blocks(q, k, v, window, dropout=0.0):
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))                          # (B*n,H,W,D): blocks as a batch
     pos = torch.arange(2 * window, device=q.device)
     rest = attend(q, k, v, visible(pos[window:], pos, window), dropout)
-    rest = rest.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)                         # (B,H,n*W,D)
-    return torch.cat((first, rest), dim=2)[:, :, :T]
+    rest = rest.transpose(1, 2).unflatten(0, (B, -1)).flatten(1, 2)                         # (B,n*W,H,D), as it lies in memory
+    return torch.cat((first.transpose(1, 2), rest), dim=1)[:, :T].transpose(1, 2)
 
 
 class LayerCache:
