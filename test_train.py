@@ -945,7 +945,7 @@ def test_signal_finishes_the_step_saves_and_exits_0(number):
         pass
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and err == "finishing this step; once more stops at once\n"
+    assert process.returncode == 0 and "Traceback" not in err and err.endswith("finishing this step; once more stops at once\n")
     assert out.splitlines()[-1].endswith("--checkpoint_interval=1000000 --init_from=auto") and checkpoint()["step"] > 0
 
 
