@@ -12,7 +12,6 @@ Everything that is compared is measured in one run, in turn; times are medians, 
 import argparse
 import multiprocessing
 import statistics
-import sys
 import time
 
 import torch

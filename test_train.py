@@ -3,7 +3,6 @@ The specification of prepare_data.py, train.py and sample.py: data, configuratio
 Every kind of bad input ends in one clear line, exit status not 0, no traceback, and nothing on disk harmed.
 """
 
-import codecs
 import csv
 import hashlib
 import http.server
@@ -946,7 +945,13 @@ def test_signal_finishes_the_step_saves_and_exits_0(number):
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in err and err.endswith("finishing this step; once more stops at once\n")
-    assert out.splitlines()[-1].endswith("--checkpoint_interval=1000000 --init_from=auto") and checkpoint()["step"] > 0
+    assert out.splitlines()[-1].endswith("--checkpoint_interval=1000000 --init_from=resume") and checkpoint()["step"] > 0
+
+
+def test_signal_before_the_first_step_leaves_nothing_to_resume(monkeypatch, capsys):
+    monkeypatch.setattr(GPT, "flops_per_token", lambda self, T: signal.raise_signal(signal.SIGINT) or 1)   # the last thing before the loop
+    train.main([*TINY, "--init_from=scratch"])
+    assert not Path("out/ckpt.pt").exists() and capsys.readouterr().out.splitlines()[-1].endswith("--init_from=scratch")
 
 
 def test_command_line_prints_one_line_and_no_traceback():

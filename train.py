@@ -445,7 +445,7 @@ def main(argv):
     peak = peak_flops(torch.cuda.get_device_name()) if bf16 and device.type == "cuda" else None
     first_step, start, elapsed_before = step, time.perf_counter(), float(log.rows[-1]["elapsed_s"] or 0) if log.rows else 0.0
     train_seconds, counted_from, running_since = 0.0, step, start   # evaluations and checkpoints do not count
-    loss = norm = torch.zeros(())
+    lr, loss, norm = 0.0, torch.zeros(()), torch.zeros(())   # of the last step
     while True:
         stopping = bool(stop)   # looked at once: a signal may come at any moment, and what follows must agree
         evaluating = step % c.eval_interval == 0 or step >= c.max_iters
@@ -500,7 +500,8 @@ def main(argv):
     for s, handler in handlers.items():
         signal.signal(s, handler)
     if stopping:
-        print(f"{stop[0]}: stopped at step {step:,}; go on with\n  python train.py {shlex.join(argv)} --init_from=auto")
+        resume = " --init_from=resume" if (out / "ckpt.pt").exists() else ""   # before the first step there is nothing to resume
+        print(f"{stop[0]}: stopped at step {step:,}; go on with\n  python train.py {shlex.join(argv)}{resume}")
         return
     curve = [float(r["val_loss"]) for r in log.rows if r["val_loss"]]
     print(f"\nvalidation loss {curve[0]:.2f} {sparkline(curve)} {curve[-1]:.4f}, the best {best_val_loss:.4f}, in {clock(elapsed)}\n")
