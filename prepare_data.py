@@ -31,6 +31,7 @@ import requests
 import tiktoken
 import torch
 
+from launch import run
 from model import InputError
 from weights import replacing
 
@@ -449,24 +450,6 @@ def main(argv):
         prepare(args.dataset, shards=args.shards)
     else:
         parser.error("give a DATASET, or --input FILE... with --name NAME")
-
-
-def run(main):
-    """main(sys.argv[1:]); what the user can put right ends as one line on stderr and exit status 1."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):   # a Windows console may lack a character; a log should show each line
-        stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
-    try:
-        main(sys.argv[1:])
-    except BrokenPipeError:   # whoever read our output, `head` say, has seen enough
-        os._exit(0)
-    except (InputError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "memory" not in str(e):
-            raise
-        sys.exit("error: not enough memory: a smaller micro_batch_size, block_size or n_embd takes less")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
+from launch import choose_device, run
 from model import GPT, InputError, check_sampling
-from prepare_data import Tokenizer, run
-from train import choose_device
+from prepare_data import Tokenizer
 
 
 def load(init_from, out_dir):

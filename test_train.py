@@ -4,13 +4,17 @@ Every kind of bad input ends in one clear line, exit status not 0, no traceback,
 """
 
 import csv
+import functools
 import hashlib
 import http.server
+import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +29,7 @@ import tiktoken
 import torch
 from torch.nn import functional as F
 
+import launch
 import prepare_data
 import sample
 import train
@@ -62,10 +67,14 @@ def gpt2_tokenizer():
 def fails(script, *argv, match):
     """Run a script's main as its command line does; it must end in one line on stderr, which is returned."""
     sys.argv = [script.__name__, *map(str, argv)]
-    with pytest.raises(SystemExit, match=match) as e:
-        prepare_data.run(script.main)
-    assert e.value.code != 0 and "\n" not in str(e.value), e.value
-    return str(e.value)
+    err = io.StringIO()
+    err.reconfigure = lambda **k: None
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as e:
+        patch.setattr(sys, "stderr", err)
+        launch.run(script.main)
+    line = err.getvalue().rstrip("\n").splitlines()[-1]
+    assert e.value.code == 1 and "Traceback" not in err.getvalue() and re.search(match, line), err.getvalue()
+    return line
 
 
 def checkpoint(path="out/ckpt.pt"):
@@ -181,7 +190,7 @@ def test_help_lists_every_setting_with_default_and_comment(capsys):
     (["--learning_rate=-1"], "learning_rate=-1.0: must be at least 0"),
     (["--dtype=float16"], "dtype='float16': must be auto, float32 or bfloat16"),
     (["--beta2=1"], "beta2=1.0"),
-    ([*TINY, "--batch_size=6", "--micro_batch_size=4"], "batch_size=6 is not a multiple of micro_batch_size=4"),
+    ([*TINY, "--batch_size=6", "--micro_batch_size=4"], "batch_size=6 cannot be shared by 1 process.es. in parts of 4 sequences"),
     ([*TINY, "--device=tpu9"], "device=tpu9"),
     ([*TINY, "--device=meta"], "device=meta: must be auto"),
     (["--seed=99999999999999999999"], "seed=99999999999999999999: must be at least 0 and less than"),
@@ -643,7 +652,7 @@ def test_validation_loss_does_not_depend_on_the_micro_batch(micro, capsys):
     Data_ = Data(Path("data/tiny"), load_meta("data/tiny"), "val", 8, 0)
     torch.manual_seed(0)
     model = GPT(GPTConfig(8, 17, 1, 2, 16))
-    loss = lambda size: train.evaluate(model, model, Data_, TrainConfig(batch_size=84, micro_batch_size=size, eval_iters=1), train.nullcontext(), "cpu")
+    loss = lambda size: train.evaluate(model, Data_, TrainConfig(batch_size=84, eval_iters=1), size, train.nullcontext(), "cpu")
     assert loss(micro) == pytest.approx(loss(84), rel=1e-6)
 
 
@@ -679,16 +688,21 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
     assert train.lr_at(200, TrainConfig(learning_rate=1.0, warmup_iters=0, max_iters=200)) == pytest.approx(0.1)
 
 
-def test_bf16_and_compile_train_too(capsys):
+@pytest.mark.parametrize("speed, name", [(0.5, "float32 (bfloat16 is not faster here)"), (3.0, "bfloat16 (bfloat16 is faster here)")])
+def test_dtype_is_what_is_fast_on_this_machine(monkeypatch, speed, name):
+    monkeypatch.setattr(launch, "bf16_speed", lambda: speed)
+    device, bf16, line = launch.choose_device("cpu", "auto")
+    assert bf16 == (speed > 1) and line.endswith(name) and launch.choose_device("cpu", "bfloat16")[1]
+
+
+def test_bf16_trains_too(capsys):
     train.main([*TINY, "--dtype=bfloat16", "--max_iters=6"])
     assert float(rows()[-1]["val_loss"]) < float(rows()[0]["val_loss"])
 
 
 def test_compile_that_fails_falls_back_and_says_why(monkeypatch, capsys):
-    def broken(model):
-        def forward(x, y):
-            raise RuntimeError("no compiler\non this machine")
-        return forward
+    def broken(f):
+        raise RuntimeError("no compiler\non this machine")
     monkeypatch.setattr(train.torch, "compile", broken)
     train.main([*TINY, "--compile=True"])
     assert "torch.compile failed, going on without it: RuntimeError: no compiler" in capsys.readouterr().out
@@ -733,6 +747,17 @@ def test_eval_only_prints_the_loss_and_touches_nothing(capsys):
     train.main([*TINY, "--init_from=resume", "--eval_only"])
     assert f"validation loss {float(rows()[-1]['val_loss']):.4f}" in capsys.readouterr().out.splitlines()[-1]
     assert before == {p: p.read_bytes() for p in Path("out").iterdir()}
+
+
+def test_checkpoints_come_after_so_many_steps_or_so_many_minutes(monkeypatch):
+    def saved_at(*flags):
+        steps = []
+        monkeypatch.setattr(train, "save", lambda path, model, optimizer, config, step, *rest: path.name == "ckpt.pt" and steps.append(step))
+        monkeypatch.setattr(train.GPT, "from_pretrained", lambda path: GPT(GPTConfig(8, 17, 1, 2, 16)))
+        train.main([*TINY, "--eval_interval=100", *flags])
+        return steps
+    assert saved_at() == [12] and saved_at("--checkpoint_interval=5") == [5, 10, 12]
+    assert saved_at("--checkpoint_minutes=0") == list(range(1, 13))
 
 
 def test_scratch_run_keeps_what_an_earlier_run_left(capsys):
@@ -783,7 +808,7 @@ def test_metrics_that_are_not_ours_are_kept_aside():
 def test_peak_is_of_the_device_or_unknown():
     names = {"NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA L4": 121e12, "NVIDIA L40S": None,
              "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA GH200 480GB": None, "Tesla T4": None}
-    assert {name: train.peak_flops(name) for name in names} == names
+    assert {name: launch.peak_flops(name) for name in names} == names
 
 
 def test_dropout_is_drawn_anew_at_every_step(monkeypatch):
@@ -944,12 +969,21 @@ def test_signal_finishes_the_step_saves_and_exits_0(number):
         pass
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Traceback" not in err and err.endswith("finishing this step; once more stops at once\n")
+    assert process.returncode == 0 and "Traceback" not in err and err.endswith("finishing this step; Ctrl-C once more stops at once\n")
     assert out.splitlines()[-1].endswith("--checkpoint_interval=1000000 --init_from=resume") and checkpoint()["step"] > 0
 
 
 def test_signal_before_the_first_step_leaves_nothing_to_resume(monkeypatch, capsys):
-    monkeypatch.setattr(GPT, "flops_per_token", lambda self, T: signal.raise_signal(signal.SIGINT) or 1)   # the last thing before the loop
+    install = signal.signal
+
+    def install_and_raise(number, handler):
+        before = install(number, handler)
+        if number == signal.SIGTERM and not raised:   # both are installed, the last thing before the loop
+            raised.append(True)
+            signal.raise_signal(signal.SIGINT)
+        return before
+    raised = []
+    monkeypatch.setattr(train.signal, "signal", install_and_raise)
     train.main([*TINY, "--init_from=scratch"])
     assert not Path("out/ckpt.pt").exists() and capsys.readouterr().out.splitlines()[-1].endswith("--init_from=scratch")
 
@@ -962,36 +996,415 @@ def test_command_line_prints_one_line_and_no_traceback():
         assert len([line for line in err.splitlines() if not line.startswith("device:")]) == 1
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-def killed_run_equals_whole_run(kills, steps):
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes: gloo on this machine's CPU, started by torchrun as a user would
+
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+LONGER = [*TINY, *SWITCHES, "--batch_size=12", "--max_iters=30", "--lr_decay_iters=30", "--learning_rate=3e-3", "--eval_interval=10", "--log_interval=1"]
+
+# Many runs of train.py in one set of processes, for starting one takes seconds. argv: a list of runs, or of folders to copy.
+# Beside every checkpoint each process notes the bytes it holds itself.
+MANY = """
+import json, os, shutil, sys, torch, train
+clip, save, held = torch.nn.utils.clip_grad_norm_, train.save, {}
+
+def size(tensors):
+    tensors = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+    return sum(t.numel() * t.element_size() for t in tensors if t.dim())
+
+def clip_and_note(params, norm):
+    params = list(params)
+    held["gradients"] = size(p.grad for p in params)
+    return clip(params, norm)
+
+def save_and_note(path, model, optimizer, *rest):
+    held["parameters"] = size(model.parameters())
+    held["optimizer"] = size(t for state in optimizer.state.values() for t in state.values())
+    with open(f"{path}.{rank}.json", "w") as f:
+        json.dump(held, f)
+    save(path, model, optimizer, *rest)
+
+torch.nn.utils.clip_grad_norm_, train.save = clip_and_note, save_and_note
+store, rank, world = train.join()
+for i, argv in enumerate(json.loads(sys.argv[1])):
+    if argv[0] == "copy":
+        if rank == 0:
+            shutil.copytree(*argv[1:])
+    else:
+        train.train(*train.load_config(argv), argv, torch.distributed.PrefixStore(str(i), store), rank, world)
+    train.across(0)
+os._exit(0)
+"""
+
+
+def torchrun(script, *argv, n=2, options=("--standalone",)):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    if "\n" in str(script):
+        Path("script.py").write_text(script)
+        script = "script.py"
+    command = [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc_per_node={n}", str(script), *argv]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, encoding="utf-8")
+
+
+def finish(process):
+    """-> stdout, the lines on stderr that are ours; torchrun adds its own, at a failure a traceback of itself, never one of ours"""
+    out, process.err = process.communicate(timeout=200)
+    err = process.err
+    assert err.count("Traceback (most recent call last)") == (process.returncode != 0), err
+    ours = [line for line in err.split("Traceback (most recent call last)")[0].splitlines() if not re.match(r"[WE]\d{4} ", line)]
+    return out, ours
+
+
+def fails_at_once(process, match):
+    """All processes end, with one line from one of them, which is also what torchrun names as the cause."""
+    out, ours = finish(process)
+    assert process.returncode == 1 and len(ours) == 1 and re.search(match, ours[0]), ours
+    assert f"traceback : {ours[0]}" in process.err.split("Root Cause")[1]
+
+
+def workers(process):
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def read_until(process, text):
+    while text not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+
+
+@pytest.fixture(autouse=True)
+def no_orphans(home):
+    yield
+    if sys.platform == "linux":
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                left = f"PWD={home}".encode() in path.read_bytes().split(b"\0") or os.readlink(path.parent / "cwd") == str(home)
+            except OSError:
+                continue
+            assert not left or int(path.parent.name) == os.getpid(), (path.parent / "cmdline").read_bytes()
+
+
+def all_modes(folder, n):
+    """Train in every mode, whole and resumed from every other: folder/one3, ddp3, fsdp3-from-one3, ..."""
+    micro = {"one1": 12, "one3": 4, "ddp1": 12 // n, "ddp3": 4 // n, "fsdp1": 12 // n, "fsdp3": 4 // n}
+    flags = {mode: [*LONGER, f"--micro_batch_size={m}", *(["--fsdp"] if mode[0] == "f" else [])] for mode, m in micro.items()}
+    def whole(mode):
+        return [*flags[mode], f"--out_dir={mode}"]
+    def half(mode):
+        return [*flags[mode], f"--out_dir={mode}-half", "--max_iters=15"]
+    def resumed(mode, start):
+        return [*flags[mode], f"--out_dir={mode}-from-{start}", "--init_from=resume"]
+    alone, together = ["one1", "one3"], ["ddp1", "ddp3", "fsdp1", "fsdp3"]
+    halves = ["one3", "ddp3", "fsdp3"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("text.txt").write_text(LINES * 40, encoding="utf-8", newline="")
+        prepare_text(Path("data/tiny"), ["text.txt"], "char")
+        for argv in [*map(whole, alone), half("one3")]:
+            train.main(argv)
+        jobs = [*map(whole, together), half("ddp3"), half("fsdp3")]
+        for start in halves:
+            jobs += [["copy", f"{start}-half", f"{mode}-from-{start}"] for mode in halves]
+            jobs += [resumed(mode, start) for mode in ("ddp3", "fsdp3")]
+        jobs += [[*whole("fsdp3"), "--out_dir=fsdp-recomputed", "--checkpoint_activations", "--reshard_after_forward=False"]]
+        jobs += [[*f("fsdp3"), "--dtype=bfloat16", f"--out_dir={name}"] for f, name in ((whole, "bf16"), (half, "bf16-resumed"))]
+        jobs += [[*whole("fsdp3"), "--dtype=bfloat16", "--out_dir=bf16-resumed", "--init_from=resume"]]
+        process = torchrun(MANY, json.dumps(jobs), n=n)
+        finish(process)
+        assert process.returncode == 0
+        for start in halves:
+            train.main(resumed("one3", start))
+    return folder
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def modes(request, tmp_path_factory):
+    return all_modes(tmp_path_factory.mktemp("modes"), request.param), request.param
+
+
+def same_course(a, b, after=0, rel=1e-5):
+    table = [[r for r in rows(path / "metrics.csv") if int(r["step"]) > after] for path in (a, b)]
+    assert len(table[0]) == len(table[1]) > 10
+    for x, y in zip(*table, strict=True):
+        for key in ("step", "train_loss", "val_loss", "grad_norm", "lr"):
+            assert x[key] == y[key] or float(x[key]) == pytest.approx(float(y[key]), rel=rel), (a.name, b.name, x["step"], key)
+
+
+def same_state(a, b):
+    a, b = checkpoint(a / "ckpt.pt"), checkpoint(b / "ckpt.pt")
+    return same_weights(a, b) and all(torch.equal(t, b["optimizer"][name][k]) for name, state in a["optimizer"].items() for k, t in state.items())
+
+
+@pytest.mark.parametrize("mode", ["one1", "ddp1", "ddp3", "fsdp1", "fsdp3", "fsdp-recomputed"])
+def test_every_mode_gives_the_losses_and_gradient_norms_of_one_process(modes, mode):
+    folder, n = modes
+    same_course(folder / "one3", folder / mode)
+
+
+@pytest.mark.parametrize("start", ["one3", "ddp3", "fsdp3"])
+@pytest.mark.parametrize("mode", ["one3", "ddp3", "fsdp3"])
+def test_every_mode_goes_on_from_a_checkpoint_of_every_other(modes, mode, start):
+    folder, n = modes
+    same_course(folder / start, folder / f"{mode}-from-{start}", after=15)
+    if mode == start:   # to the bit
+        assert same_state(folder / mode, folder / f"{mode}-from-{mode}")
+
+
+def test_FSDP_in_bf16_keeps_its_weights_in_float32_and_resumes_to_the_bit(modes):
+    folder, n = modes
+    assert all(t.dtype == torch.float32 for t in checkpoint(folder / "bf16/ckpt.pt")["model"].values())
+    assert same_state(folder / "bf16", folder / "bf16-resumed") and not same_state(folder / "bf16", folder / "fsdp3")
+    bf16, exact = (float(rows(folder / mode / "metrics.csv")[-1]["val_loss"]) for mode in ("bf16", "fsdp3"))
+    assert bf16 == pytest.approx(exact, rel=1e-2)
+
+
+def test_checkpoints_of_all_modes_are_alike_and_open_everywhere(modes, capsys):
+    folder, n = modes
+    plain = checkpoint(folder / "one3/ckpt.pt")
+    for mode in ("ddp3", "fsdp3"):
+        saved = checkpoint(folder / mode / "ckpt.pt")
+        for part in ("model", "optimizer"):
+            assert saved[part].keys() == plain[part].keys()
+        assert all(type(t) is torch.Tensor and t.shape == plain["model"][name].shape for name, t in saved["model"].items())
+        GPT.from_pretrained(folder / mode).save_pretrained("exported")
+        sample.main([f"--out_dir={folder / mode}", "--max_new_tokens=5", "--device=cpu"])
+
+
+def test_FSDP_holds_one_part_of_N_and_DDP_everything(modes):
+    folder, n = modes
+    model = GPT.from_pretrained(folder / "one3")
+    whole = 4 * model.num_params()
+    for rank in range(n):
+        ddp, fsdp = (json.loads((folder / mode / f"ckpt.pt.{rank}.json").read_text()) for mode in ("ddp3", "fsdp3"))
+        assert ddp == dict(parameters=whole, gradients=whole, optimizer=2 * whole)
+        for key, size in ddp.items():
+            assert fsdp[key] == pytest.approx(size / n, rel=0.1)   # 17 rows of the embedding are not cut evenly
+
+
+def test_only_rank_0_speaks_and_all_agree_on_the_batch():
+    process = torchrun(HERE / "train.py", *TINY)
+    out, ours = finish(process)
+    assert process.returncode == 0 and not ours
+    assert "batch: 4 sequences = 1 accumulation step(s) x 2 x 2 processes; 32 tokens a step" in out
+    for line in ("device: cpu", "step 12: validation loss", "more of it: python sample.py"):
+        assert out.count(line) == 1
+
+
+def test_two_launches_meet_as_two_nodes():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    options = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=7")
+    both = [torchrun(HERE / "train.py", *LONGER, n=1, options=options) for _ in range(2)]
+    outs = [finish(process)[0] for process in both]
+    assert [p.returncode for p in both] == [0, 0] and sorted("more of it" in out for out in outs) == [False, True]
+    train.main([*LONGER, "--out_dir=alone"])
+    same_course(Path("alone"), Path("out"))
+
+
+def test_fsdp_without_torchrun_names_the_right_command():
+    fails(train, *TINY, "--fsdp", match="torchrun --nproc_per_node=2 train.py --dataset=tiny .*--fsdp")
+
+
+@pytest.mark.parametrize("argv, match", [(["--batch_size=5"], "error: batch_size=5 cannot be shared by 2 process.es. in parts of 2 sequences"),
+                                         (["--n_laye=5"], "error: --n_laye is not a setting, did you mean n_layer"),
+                                         (["--dataset=nothing"], "error: unknown dataset 'nothing'")])
+def test_what_all_processes_stumble_over_is_said_once(argv, match):
+    fails_at_once(torchrun(HERE / "train.py", *TINY, *argv), match)
+
+
+ONE_FAILS = """
+import os, train
+from model import GPT
+forward, calls = GPT.forward, []
+
+def bad(self, idx, targets=None):
+    logits, loss = forward(self, idx, targets)
+    calls.append(self.training)
+    if os.environ["RANK"] == "1" and sum(calls) == 5:
+        {fault}
+    return logits, loss
+GPT.forward = bad
+train.run(train.main)
+"""
+
+
+@pytest.mark.parametrize("fault, match, flags", [("loss = loss * float('nan')", "error: step [45]: loss nan. Nothing was overwritten", []),
+                                                 ("loss = loss * float('nan')", "error: step [45]: loss nan. Nothing was overwritten", ["--fsdp"]),
+                                                 ("raise train.InputError('only here')", "error: only here", []),
+                                                 ("raise MemoryError", "error: not enough memory", ["--fsdp"])])
+def test_what_goes_wrong_on_one_rank_ends_all_with_its_one_line(fault, match, flags):
+    fails_at_once(torchrun(ONE_FAILS.format(fault=fault), *TINY, *flags, "--max_iters=1000", "--checkpoint_interval=1"), match)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+def test_full_disk_on_rank_0_ends_all_and_leaves_the_previous_checkpoint_whole():
+    train.main([*TINY, "--max_iters=6"])
+    before = Path("out/ckpt.pt").read_bytes()
+    Path("out/ckpt.pt.tmp").symlink_to("/dev/full")
+    fails_at_once(torchrun(HERE / "train.py", *TINY, "--init_from=resume"), "error: cannot save out.ckpt.pt .*what was there before is untouched")
+    assert Path("out/ckpt.pt").read_bytes() == before
+
+
+def test_missing_dataset_is_prepared_by_one_while_the_others_wait():
+    shutil.rmtree("data/tiny")
+    process = torchrun("""
+import os, time, train
+from pathlib import Path
+from prepare_data import prepare_text
+
+def prepare(name, shards):
+    with open("prepared.txt", "a") as f:
+        f.write(os.environ["RANK"])
+    time.sleep(1)
+    prepare_text(Path("data/tiny"), ["text.txt"], "char")
+train.prepare = prepare
+train.run(train.main)
+""", *TINY)
+    finish(process)
+    assert process.returncode == 0 and Path("prepared.txt").read_text() == "0" and checkpoint()["step"] == 12
+
+
+def test_machines_that_see_different_checkpoints_are_told():
+    train.main([*TINY, "--max_iters=6"])
+    train.main([*TINY, "--max_iters=8", "--out_dir=other"])
+    process = torchrun("""
+import os, sys, train
+if os.environ["RANK"] == "1":
+    sys.argv.append("--out_dir=other")
+train.run(train.main)
+""", *TINY, "--init_from=auto")
+    fails_at_once(process, "error: out is at step 6 here and further elsewhere: it must be one folder that all machines share")
+
+
+def test_gradients_are_sent_once_a_step_however_many_parts_it_has():
+    process = torchrun("""
+import os, train
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+sent = []
+
+class Counting(train.DistributedDataParallel):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register_comm_hook(None, lambda state, bucket: sent.append(1) or allreduce_hook(state, bucket))
+train.DistributedDataParallel = Counting
+across = train.across
+
+def note(*args):
+    with open(f"sent-{os.environ['RANK']}", "w") as f:
+        f.write(str(len(sent)))
+    return across(*args)
+train.across = note
+train.run(train.main)
+""", *TINY, "--micro_batch_size=1")
+    finish(process)
+    assert Path("sent-0").read_text() == Path("sent-1").read_text() == "13"   # 12 steps of 2 parts each, and the pass on zeros before
+
+
+@needs_linux
+@pytest.mark.parametrize("flags", [[], ["--fsdp"]])
+def test_killed_worker_restarts_the_group_which_goes_on_from_the_last_checkpoint(flags):
+    argv = [*LONGER, *flags, "--max_iters=50", "--checkpoint_interval=5", "--init_from=auto"]
+    whole = torchrun(HERE / "train.py", *argv, "--out_dir=whole")
+    finish(whole)
+    process = torchrun(HERE / "train.py", *argv, options=("--standalone", "--max-restarts=1"))
+    read_until(process, "step 13/50")
+    os.kill(workers(process)[1], signal.SIGKILL)
+    out, ours = finish(process)
+    assert process.returncode == 0 and len(ours) == 1 and "error: another process is gone" in ours[0], process.err
+    assert "resuming out/ckpt.pt at step" in out and same_state(Path("out"), Path("whole"))
+
+
+@needs_linux
+@pytest.mark.parametrize("flags", [[], ["--fsdp"]])
+def test_SIGTERM_to_torchrun_saves_and_every_worker_exits_0(flags):
+    """torchrun itself then always ends with status 1 and a traceback of its own SignalException."""
+    process = torchrun("""
+import os, train
+leave = os._exit
+
+def note(status):
+    with open(f"left-{os.environ['RANK']}", "w") as f:
+        f.write(str(status))
+    leave(status)
+os._exit = note
+train.run(train.main)
+""", *TINY, *flags, "--max_iters=1000000", "--eval_interval=1000000")
+    read_until(process, "step 30/")
+    process.send_signal(signal.SIGTERM)
+    out, ours = finish(process)
+    assert not ours and checkpoint()["step"] >= 30
+    assert "SIGTERM: stopped at step" in out and "torchrun --nproc_per_node=2 train.py" in out.splitlines()[-1]
+    assert Path("left-0").read_text() == Path("left-1").read_text() == "0"
+
+
+def killed_run_equals_whole_run(mode, kills, steps):
+    """kill -9 of the process, or of any of two, at random moments, also while it starts; then once more to the end."""
     flags = [*TINY, f"--max_iters={steps}", "--dropout=0.1", "--checkpoint_interval=1", "--eval_interval=50", "--log_interval=50"]
-    process = start(*flags, "--out_dir=whole")
-    process.communicate(timeout=300)
-    assert process.returncode == 0
+    flags += ["--fsdp"] if mode == "fsdp" else []
+    begin = functools.partial(torchrun, HERE / "train.py") if mode != "one" else start
+    whole = begin(*flags, "--out_dir=whole")
+    whole.communicate(timeout=600)
+    assert whole.returncode == 0
     rng, died = random.Random(time.time_ns()), 0
     while died < kills:
-        process = start(*flags, "--init_from=auto")
-        while (line := process.stdout.readline()) and not line.startswith("step "):
+        process = begin(*flags, "--init_from=auto")
+        if starting := rng.random() < 0.2:
+            while mode != "one" and len(workers(process)) < 2:
+                time.sleep(0.02)
+        else:
+            while (line := process.stdout.readline()) and not line.startswith("step "):
+                pass
+        time.sleep(rng.random() * (3 if starting else 0.4))
+        try:
+            os.kill(rng.choice(workers(process)) if mode != "one" else process.pid, signal.SIGKILL)
+        except (IndexError, ProcessLookupError):   # it had come to its end
             pass
-        time.sleep(rng.random() * 0.4)
-        process.kill()
-        process.wait()
-        died += process.returncode == -signal.SIGKILL
-        assert not Path("out/ckpt.pt").exists() or checkpoint()["step"] <= steps   # readable after every kill
-        if Path("out/ckpt.pt").exists() and checkpoint()["step"] == steps:
+        process.communicate(timeout=120)
+        died += process.returncode != 0
+        if Path("out/ckpt.pt").exists() and checkpoint()["step"] == steps:   # readable after every kill
             break
-    start(*flags, "--init_from=auto").communicate(timeout=300)
-    assert checkpoint()["step"] == steps and same_weights(checkpoint(), checkpoint("whole/ckpt.pt"))
+    begin(*flags, "--init_from=auto").communicate(timeout=600)
+    assert checkpoint()["step"] == steps and same_state(Path("out"), Path("whole"))
+    assert [r["val_loss"] for r in rows() if r["val_loss"]] == [r["val_loss"] for r in rows("whole/metrics.csv") if r["val_loss"]]
     return died
 
 
+@needs_linux
 def test_killed_twice_and_resumed_is_exact_to_the_bit():
-    assert killed_run_equals_whole_run(kills=2, steps=400) == 2
+    assert killed_run_equals_whole_run("one", kills=2, steps=400) == 2
+
+
+@needs_linux
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["one", "ddp", "fsdp"])
+def test_killed_67_times_and_resumed_is_exact_to_the_bit(mode):
+    assert killed_run_equals_whole_run(mode, kills=67, steps=5000) == 67
 
 
 @pytest.mark.slow
-def test_killed_ten_times_and_resumed_is_exact_to_the_bit():
-    assert killed_run_equals_whole_run(kills=10, steps=2000) == 10
+@pytest.mark.parametrize("n_embd", [16, 512])   # 512: enough for DDP to need several buffers
+@pytest.mark.parametrize("recompute", [[], ["--checkpoint_activations"]])
+@pytest.mark.parametrize("mode", ["alone", "ddp", "fsdp"])
+def test_compile_in_every_mode_compiles_and_changes_nothing_but_rounding(mode, recompute, n_embd):
+    script = """
+import os, torch, train
+leave = os._exit
+
+def note(status):
+    with open(f"graphs-{os.environ['RANK']}", "w") as f:
+        f.write(str(torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+    leave(status)
+os._exit = note
+train.run(train.main)
+"""
+    shape = [*LONGER, f"--n_embd={n_embd}", "--max_iters=10", "--learning_rate=3e-4"]
+    flags = [*shape, *recompute, *(["--fsdp"] if mode == "fsdp" else [])]
+    process = torchrun(script, *flags, "--compile=True", n=1 if mode == "alone" else 2)
+    out, err = process.communicate(timeout=900)
+    assert process.returncode == 0 and "torch.compile: the first steps" in out, err
+    assert int(Path("graphs-0").read_text()) > 1   # besides the one that only looks whether there is a compiler
+    train.main([*shape, "--out_dir=plain"])
+    same_course(Path("out"), Path("plain"), rel=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -273,10 +273,10 @@ def write_safetensors(path, tensors):
             f.write(w.to("cpu", torch.float32).contiguous().numpy().data)
 
 
-def load_pickle(path):
+def load_pickle(path, mmap=False):
     """What torch.save wrote, if it is tensors and plain values: anything that would run code is refused."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise
     except pickle.UnpicklingError as e:
@@ -290,7 +290,8 @@ def load_pickle(path):
 
 def load_checkpoint(path):
     """The dictionary train.py saved at path."""
-    checkpoint = load_pickle(path)
+    # Mapped, all processes of a machine share one copy; Windows could not replace the file meanwhile.
+    checkpoint = load_pickle(path, mmap=sys.platform != "win32")
     kinds = dict(model=dict, optimizer=dict, gpt_config=dict, train_config=dict, step=int, best_val_loss=float, tokenizer=dict)
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), kind) for k, kind in kinds.items()):
         raise InputError(f"{path} is not a checkpoint of train.py")
