@@ -5,14 +5,21 @@ What attention in blocks and the KV cache cost and save, measured on this machin
   python bench.py decode       tokens/s of generation, GPT-2 124M, beside transformers (if it is installed); a step after 400 and
                                after 4,000 tokens with RoPE and a window
   python bench.py endless      100,000 tokens from one model with RoPE and a window: speed and memory as it goes
+  python bench.py processes    train.py alone, as DDP and as FSDP: tokens/s of two processes with half the threads each, and what each holds
 
 Everything that is compared is measured in one run, in turn; times are medians, with the smallest and largest beside them.
 """
 
 import argparse
 import multiprocessing
+import os
+import re
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 
@@ -123,9 +130,64 @@ def endless(n=100_000):
             print(f"{i:8,} tokens, {i / (time.perf_counter() - start):6.0f} tokens/s, peak memory {peak_mb():.1f} MB", flush=True)
 
 
+# Run by torchrun in place of train.py: the same, and rank 0 also prints the bytes it holds at a checkpoint.
+HELD = """
+import torch, train
+
+def size(tensors):
+    tensors = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+    return sum(t.numel() * t.element_size() for t in tensors) / 1e6
+
+def clip_and_note(params, norm):
+    params = list(params)
+    held["gradients"] = size(p.grad for p in params)
+    return clip(params, norm)
+
+def save_and_note(path, model, optimizer, *rest):
+    held["averages"] = size(t for state in optimizer.state.values() for t in state.values())
+    print(f"held: {size(model.parameters()):.0f} MB of parameters,", ", ".join(f"{n:.0f} of {name}" for name, n in held.items()))
+
+held, clip, save = {}, torch.nn.utils.clip_grad_norm_, train.save
+torch.nn.utils.clip_grad_norm_, train.save = clip_and_note, save_and_note
+train.GPT.from_pretrained = lambda path: train.GPT(train.GPTConfig(8, 8, 1, 1, 8))   # nothing was saved; no sample at the end
+train.GPT.generate = lambda self, idx, *args, **options: idx
+train.run(train.main)
+"""
+
+
+def processes():
+    here, threads = Path(__file__).parent.resolve(), torch.get_num_threads()
+    models = {"config/shakespeare.py": ["config/shakespeare.py", "--device=cpu", "--max_iters=300", "--log_interval=150"],
+              "GPT-2 124M, 8 x 256 tokens": ["--block_size=256", "--vocab_size=50304", "--batch_size=8", "--micro_batch_size=2",
+                                             "--warmup_iters=0", "--dtype=float32", "--device=cpu", "--max_iters=2", "--log_interval=1"]}
+    modes = {"alone": (1, []), "DDP": (2, []), "FSDP": (2, ["--fsdp"])}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("config", "train.py"):
+            os.symlink(here / name, Path(folder, name))
+        Path(folder, "held.py").write_text(HELD)
+        Path(folder, "text.txt").write_text("".join(p.read_text(encoding="utf-8") for p in here.glob("*.py")), encoding="utf-8")
+        env = os.environ | {"PYTHONPATH": str(here)}
+        subprocess.run([sys.executable, here / "prepare_data.py", "--input", "text.txt", "--name", "text"], cwd=folder, env=env, check=True, capture_output=True)
+        for name, flags in models.items():
+            speeds, held = {mode: [] for mode in modes}, {}
+            for _ in range(3):
+                for mode, (n, more) in modes.items():
+                    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "held.py", *flags, *more,
+                               "--dataset=text", "--eval_interval=1000000", "--eval_iters=1", "--checkpoint_interval=1000000"]
+                    out = subprocess.run([sys.executable, *command], cwd=folder, env=env | {"OMP_NUM_THREADS": str(max(1, threads // n))},
+                                         check=True, capture_output=True, text=True, encoding="utf-8").stdout
+                    speeds[mode].append(float(re.findall(r"([\d,]+) tokens/s", out)[-1].replace(",", "")))
+                    held[mode] = re.findall("held: .*", out)[-1]
+            print(name)
+            for mode, (n, _) in modes.items():
+                ratio = statistics.median(speeds[mode]) / statistics.median(speeds["alone"])
+                print(f"  {mode:6}{n} x {max(1, threads // n)} thread(s)  {statistics.median(speeds[mode]):8,.0f} tokens/s ({min(speeds[mode]):,.0f} to "
+                      f"{max(speeds[mode]):,.0f})  {ratio:.2f} of alone; {held[mode]}", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("attention", "decode", "endless"))
+    parser.add_argument("what", choices=("attention", "decode", "endless", "processes"))
     what = parser.parse_args().what
     print(f"torch {torch.__version__}, cpu, {torch.get_num_threads()} threads")
-    {"attention": attention, "decode": decode, "endless": endless}[what]()
+    {"attention": attention, "decode": decode, "endless": endless, "processes": processes}[what]()
