@@ -143,8 +143,8 @@ def clip_and_note(params, norm):
     held["gradients"] = size(p.grad for p in params)
     return clip(params, norm)
 
-def save_and_note(path, model, optimizer, *rest):
-    held["averages"] = size(t for state in optimizer.state.values() for t in state.values())
+def save_and_note(path, model, optimizers, *rest):
+    held["averages"] = size(t for optimizer in optimizers for state in optimizer.state.values() for t in state.values())
     print(f"held: {size(model.parameters()):.0f} MB of parameters,", ", ".join(f"{n:.0f} of {name}" for name, n in held.items()))
 
 held, clip, save = {}, torch.nn.utils.clip_grad_norm_, train.save

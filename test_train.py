@@ -188,7 +188,7 @@ def test_help_lists_every_setting_with_default_and_comment(capsys):
     (["--n_embd=100", "--n_head=3"], "n_embd=100 is not divisible by n_head=3"),
     (["--batch_size=0"], "batch_size=0: must be at least 1"),
     (["--learning_rate=-1"], "learning_rate=-1.0: must be at least 0"),
-    (["--dtype=float16"], "dtype='float16': must be auto, float32 or bfloat16"),
+    (["--dtype=float16"], "dtype='float16': must be auto or float32 or bfloat16"),
     (["--beta2=1"], "beta2=1.0"),
     ([*TINY, "--batch_size=6", "--micro_batch_size=4"], "batch_size=6 cannot be shared by 1 process.es. in parts of 4 sequences"),
     ([*TINY, "--device=tpu9"], "device=tpu9"),
@@ -770,12 +770,43 @@ def test_scratch_run_keeps_what_an_earlier_run_left(capsys):
     assert same_weights(checkpoint("out/old1/ckpt.pt"), first) and not same_weights(checkpoint("out/old2/ckpt.pt"), first)
 
 
+def test_muon_moves_the_matrices_inside_the_blocks_and_adamw_the_rest():
+    model = GPT(GPTConfig(8, 17, 1, 2, 16))
+    c = TrainConfig(optimizer="muon", learning_rate=0.1, beta1=0.8, weight_decay=0.0)
+    adamw, muon = train.make_optimizers(model, c, torch.device("cpu"))
+    moved = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in (adamw, muon)]
+    names = [{name for name, p in model.named_parameters() if id(p) in ids} for ids in moved]
+    assert names[1] == {f"h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    assert not names[0] & names[1] and names[0] | names[1] == dict(model.named_parameters()).keys()
+    assert muon.param_groups[0]["momentum"] == 0.8 and adamw.param_groups[0]["betas"][0] == 0.8
+
+    W, before = model.h[0].attn.c_proj.weight, model.h[0].attn.c_proj.weight.detach().clone()
+    W.grad = torch.diag(10.0 ** torch.arange(0, -1, -1 / 16))   # directions of very different length: the step has them nearly alike
+    muon.step()
+    lengths = torch.linalg.svdvals(before - W.detach()) / (0.1 * 0.2 * 16**0.5)   # 0.2 sqrt(width): as long as AdamW's steps
+    assert lengths.min() > 0.5 and lengths.max() < 1.5
+
+
+def test_learning_rate_reaches_both_optimizers():
+    def weights(*flags):
+        train.main([*TINY, "--optimizer=muon", "--warmup_iters=0", "--max_iters=1", "--min_lr=0", *flags])
+        return checkpoint()["model"]
+    start, moved = weights("--learning_rate=0"), weights("--learning_rate=1e-2")
+    assert not any(torch.equal(start[name], moved[name]) for name in ("wte.weight", "h.0.mlp.c_fc.weight"))
+
+
+@pytest.mark.parametrize("first, then", [("adamw", "muon"), ("muon", "adamw")])
+def test_resuming_with_another_optimizer_is_refused(first, then):
+    train.main([*TINY, f"--optimizer={first}", "--max_iters=2"])
+    fails(train, *TINY, f"--optimizer={then}", "--init_from=resume", match=f"was trained with optimizer={first}.*--optimizer={first} goes on")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Resuming and starting from weights
 
-@pytest.mark.parametrize("at", [4, 6, 11])
-def test_resumed_run_is_exact_to_the_bit(at):
-    flags = [*TINY, "--dropout=0.2", "--micro_batch_size=2", "--checkpoint_interval=1", "--lr_decay_iters=12"]
+@pytest.mark.parametrize("at, optimizer", [(4, "adamw"), (6, "adamw"), (11, "adamw"), (7, "muon")])
+def test_resumed_run_is_exact_to_the_bit(at, optimizer):
+    flags = [*TINY, f"--optimizer={optimizer}", "--dropout=0.2", "--micro_batch_size=2", "--checkpoint_interval=1", "--lr_decay_iters=12"]
     train.main([*flags, "--out_dir=whole"])
     train.main([*flags, f"--max_iters={at}"])
     train.main([*flags, "--init_from=auto"])
@@ -1017,12 +1048,12 @@ def clip_and_note(params, norm):
     held["gradients"] = size(p.grad for p in params)
     return clip(params, norm)
 
-def save_and_note(path, model, optimizer, *rest):
+def save_and_note(path, model, optimizers, *rest):
     held["parameters"] = size(model.parameters())
-    held["optimizer"] = size(t for state in optimizer.state.values() for t in state.values())
+    held["optimizer"] = size(t for optimizer in optimizers for state in optimizer.state.values() for t in state.values())
     with open(f"{path}.{rank}.json", "w") as f:
         json.dump(held, f)
-    save(path, model, optimizer, *rest)
+    save(path, model, optimizers, *rest)
 
 torch.nn.utils.clip_grad_norm_, train.save = clip_and_note, save_and_note
 store, rank, world = train.join()
@@ -1108,6 +1139,10 @@ def all_modes(folder, n):
         jobs += [[*whole("fsdp3"), "--out_dir=fsdp-recomputed", "--checkpoint_activations", "--reshard_after_forward=False"]]
         jobs += [[*f("fsdp3"), "--dtype=bfloat16", f"--out_dir={name}"] for f, name in ((whole, "bf16"), (half, "bf16-resumed"))]
         jobs += [[*whole("fsdp3"), "--dtype=bfloat16", "--out_dir=bf16-resumed", "--init_from=resume"]]
+        muon = [[*f(mode), "--optimizer=muon", f"--out_dir={mode}-muon{name}"] for mode in ("one3", "ddp3", "fsdp3") for f, name in ((whole, ""), (half, "-resumed"))]
+        muon += [[*whole(mode), "--optimizer=muon", f"--out_dir={mode}-muon-resumed", "--init_from=resume"] for mode in ("ddp3", "fsdp3")]
+        train.main(muon[0])
+        jobs += muon[2:]
         process = torchrun(MANY, json.dumps(jobs), n=n)
         finish(process)
         assert process.returncode == 0
@@ -1138,6 +1173,14 @@ def same_state(a, b):
 def test_every_mode_gives_the_losses_and_gradient_norms_of_one_process(modes, mode):
     folder, n = modes
     same_course(folder / "one3", folder / mode)
+
+
+def test_muon_too_in_every_mode_and_resumes_to_the_bit(modes):
+    folder, n = modes
+    for mode in ("ddp3", "fsdp3"):
+        same_course(folder / "one3-muon", folder / f"{mode}-muon", rel=1e-2)   # it multiplies in bfloat16, and FSDP sums the parts
+        assert same_state(folder / f"{mode}-muon", folder / f"{mode}-muon-resumed")
+    assert not same_state(folder / "one3-muon", folder / "one3")
 
 
 @pytest.mark.parametrize("start", ["one3", "ddp3", "fsdp3"])
@@ -1434,6 +1477,37 @@ def test_sample_is_repeatable_and_greedy_ignores_the_seed(capsys):
         return capsys.readouterr().out
     assert text("--seed=1") == text("--seed=1") != text("--seed=2")
     assert text("--seed=1", "--temperature=0") == text("--seed=2", "--temperature=0")
+
+
+@pytest.mark.parametrize("really", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_compiled_products_give_the_same_logits(really, bias, monkeypatch):
+    if not really:   # the arithmetic without the wait for a compiler
+        monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+    torch.manual_seed(0)
+    for B in (1, 2):
+        model = GPT(GPTConfig(32, 50, 2, 4, 32, bias=bias, use_gqa=True, n_kv_head=2)).eval()
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        idx = torch.randint(50, (B, 12))
+        with torch.no_grad():
+            whole = model(idx)[0]
+            sample.compile_products(model)
+            cache = model.new_cache(B)
+            chunks = [model(chunk, cache=cache)[0] for chunk in idx.split((6, 1, 1, 3, 1), dim=1)]
+        torch.testing.assert_close(torch.cat(chunks, dim=1), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_compile_is_used_or_says_why_not(capsys, monkeypatch):
+    train.main(TINY)
+    flags, calls = ["--out_dir=out", "--max_new_tokens=5", "--device=cpu", "--compile"], []
+    monkeypatch.setattr(sample, "compile_products", calls.append)
+    monkeypatch.setattr(sample, "why_no_compiler", lambda device: None)
+    sample.main(flags)
+    assert len(calls) == 1
+    monkeypatch.setattr(sample, "why_no_compiler", lambda device: "no compiler here")
+    sample.main(flags)
+    assert len(calls) == 1 and "torch.compile failed, going on without it: no compiler here" in capsys.readouterr().err
 
 
 def test_prompt_from_a_file_and_a_prompt_with_equal_signs(capsys):

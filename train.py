@@ -54,8 +54,9 @@ class TrainConfig:
     min_lr: float | None = None         # the lowest: reached at lr_decay_iters; None = learning_rate / 10
     warmup_iters: int = 700             # steps of linear warm-up
     lr_decay_iters: int | None = None   # step at which the cosine ends; None = max_iters
-    weight_decay: float = 0.1           # AdamW, on matrices only
-    beta1: float = 0.9                  # AdamW: how slowly the mean of the gradients forgets
+    optimizer: str = "adamw"            # adamw, or muon: Muon for the matrices inside the blocks, AdamW for the rest
+    weight_decay: float = 0.1           # on matrices only
+    beta1: float = 0.9                  # how slowly the mean of the gradients forgets
     beta2: float = 0.95                 # AdamW: how slowly the mean of their squares forgets
     grad_clip: float = 1.0              # longest gradient, as a norm over all parameters; 0 = no limit
     eval_interval: int = 250            # steps between evaluations, each followed by a checkpoint
@@ -85,8 +86,9 @@ class TrainConfig:
             raise InputError(f"min_lr={self.min_lr}: must be at least 0 and at most learning_rate={self.learning_rate}")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise InputError(f"beta1={self.beta1}, beta2={self.beta2}: both must be at least 0 and less than 1")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise InputError(f"dtype={self.dtype!r}: must be auto, float32 or bfloat16")
+        for name, choices in dict(dtype=("auto", "float32", "bfloat16"), optimizer=("adamw", "muon")).items():
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name}={getattr(self, name)!r}: must be {' or '.join(choices)}")
 
 
 def load_config(argv):
@@ -147,11 +149,20 @@ def lr_at(step, c):
     return lowest + 0.5 * (1 + math.cos(math.pi * progress)) * (c.learning_rate - lowest)
 
 
-def make_optimizer(model, c, device):
-    """AdamW. Decay pulls matrices and embeddings towards zero; biases and layer norms have no reason to be small."""
-    groups = [dict(params=[p for p in model.parameters() if p.dim() >= 2], weight_decay=c.weight_decay),
-              dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=device.type != "mps")
+def make_optimizers(model, c, device):
+    """
+    AdamW alone, or with Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon), which makes the mean gradient of a matrix
+    orthogonal: a step of one length in every direction, here of the size of AdamW's. Decay pulls matrices and embeddings
+    towards zero; biases and layer norms have no reason to be small.
+    """
+    inner = [p for p in model.h.parameters() if p.dim() == 2 and c.optimizer == "muon"]
+    rest = [p for p in model.parameters() if not any(p is q for q in inner)]
+    groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=c.weight_decay),
+              dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW(groups, c.learning_rate, betas=(c.beta1, c.beta2), fused=device.type != "mps")]
+    if inner:
+        optimizers.append(torch.optim.Muon(inner, c.learning_rate, c.weight_decay, momentum=c.beta1, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 @torch.no_grad()
@@ -175,7 +186,7 @@ def evaluate(forward, data, c, micro, autocast, device, rank=0, world=1):
     return across(total) / n
 
 
-def save(path, model, optimizer, config, step, best_val_loss, tokenizer):
+def save(path, model, optimizers, config, step, best_val_loss, tokenizer):
     """
     All that is needed to go on, to sample or to start from, in one format for all modes: every rank takes part, rank 0 writes.
     The file changes whole or not at all.
@@ -186,12 +197,13 @@ def save(path, model, optimizer, config, step, best_val_loss, tokenizer):
         t = t.full_tensor() if hasattr(t, "full_tensor") else t
         return t.detach().cpu() if rank == 0 else None
     params = {name: whole(p) for name, p in model.named_parameters()}
-    state = {name: {k: whole(t) for k, t in optimizer.state[p].items()} for name, p in model.named_parameters() if p in optimizer.state}
+    states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
+    states = {name: {k: whole(t) for k, t in states[p].items()} for name, p in model.named_parameters() if p in states}
     if rank > 0:
         return
     if model.config.tied:
         params["lm_head.weight"] = params["wte.weight"]
-    checkpoint = dict(model=params, optimizer=state, gpt_config=asdict(model.config), train_config=asdict(config), step=step,
+    checkpoint = dict(model=params, optimizer=states, gpt_config=asdict(model.config), train_config=asdict(config), step=step,
                       best_val_loss=best_val_loss, tokenizer=tokenizer,
                       rng=torch.get_rng_state())   # for the record: every step seeds anew, so that nothing depends on it
     try:
@@ -202,7 +214,7 @@ def save(path, model, optimizer, config, step, best_val_loss, tokenizer):
                          f"right, go on with --init_from=auto") from None
 
 
-def load_optimizer(optimizer, model, states, path):
+def load_optimizers(optimizers, model, states, path):
     """Put back the state of every parameter, saved by its name, and cut it as the parameter is cut."""
     names = {p: name for name, p in model.named_parameters()}
     if states.keys() != set(names.values()):
@@ -213,9 +225,10 @@ def load_optimizer(optimizer, model, states, path):
             return t
         from torch.distributed.tensor import distribute_tensor
         return distribute_tensor(t.to(p.device), p.device_mesh, p.placements, src_data_rank=None)   # each rank has read it all
-    order = [p for group in optimizer.param_groups for p in group["params"]]   # torch numbers parameters so
-    state = {i: {k: cut(t, p) for k, t in states[names[p]].items()} for i, p in enumerate(order)}
-    optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()["param_groups"]))
+    for optimizer in optimizers:
+        order = [p for group in optimizer.param_groups for p in group["params"]]   # torch numbers parameters so
+        state = {i: {k: cut(t, p) for k, t in states[names[p]].items()} for i, p in enumerate(order)}
+        optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()["param_groups"]))
 
 
 def build_model(c, asked, meta):
@@ -238,7 +251,10 @@ def build_model(c, asked, meta):
         model = GPT(replace(GPTConfig(**checkpoint["gpt_config"]), dropout=asked.dropout))
         model.tokenizer = checkpoint["tokenizer"]
         weights.copy(model, checkpoint.pop("model"), path)
-        started = checkpoint["train_config"].get("init_from")
+        started, trained_with = (checkpoint["train_config"].get(k) for k in ("init_from", "optimizer"))
+        if trained_with not in (None, c.optimizer):
+            raise InputError(f"{path} was trained with optimizer={trained_with}, whose averages {c.optimizer} cannot use: "
+                             f"--optimizer={trained_with} goes on")
         # what the settings ask of the shape must be there: all of it if the run began from scratch, else what is not a default
         wanted = {f.name: getattr(asked, f.name) for f in fields(asked) if getattr(asked, f.name) != f.default or
                   (started == "scratch" and f.name != "vocab_size")}
@@ -292,6 +308,8 @@ def train(c, gpt_config, argv, store, rank, world):
     meta, model, checkpoint = in_turn(store, load)
     model.train()
     block_size = model.config.block_size
+    # for short sequences in bfloat16 on a CPU, torch 2.13's flash attention takes twice the time of plain products
+    torch.backends.cuda.enable_flash_sdp(not (bf16 and device.type == "cpu" and block_size < 256))   # not of CUDA alone
     train_data = Data(folder, meta, "train", block_size, c.seed)
     val_data = Data(folder, meta, "val", block_size, c.seed)
     tokens_per_step = c.batch_size * block_size
@@ -304,10 +322,10 @@ def train(c, gpt_config, argv, store, rank, world):
     # one process, DDP or FSDP; then the optimizer, which must see the parameters as they are cut; and where we are
     flops = model.flops_per_token(block_size)
     forward = wrap(model, c, micro, bf16, autocast, device)
-    optimizer = make_optimizer(model, c, device)
+    optimizers = make_optimizers(model, c, device)
     step, best_val_loss = 0, math.inf
     if checkpoint:
-        load_optimizer(optimizer, model, checkpoint["optimizer"], c.out_dir)
+        load_optimizers(optimizers, model, checkpoint["optimizer"], c.out_dir)
         step, best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
         del checkpoint
     if across(step, dist.ReduceOp.MAX) != step:
@@ -333,7 +351,7 @@ def train(c, gpt_config, argv, store, rank, world):
     handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def save_as(name):
-        save(out / name, model, optimizer, c, step, best_val_loss, meta["tokenizer"])
+        save(out / name, model, optimizers, c, step, best_val_loss, meta["tokenizer"])
 
     peak = peak_flops(torch.cuda.get_device_name()) if bf16 and device.type == "cuda" else None
     first_step, counted_from, train_seconds = step, step, 0.0   # evaluations and checkpoints do not count
@@ -381,7 +399,7 @@ def train(c, gpt_config, argv, store, rank, world):
         # dropout, like the data, depends on nothing but seed, step and rank; other seeds lie a million steps away
         torch.manual_seed((c.seed * 1_000_003 + step) * world + rank)
         lr = lr_at(step, c)
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = lr
         loss = torch.zeros((), device=device)
         begin = step * c.batch_size + rank * share
@@ -402,8 +420,9 @@ def train(c, gpt_config, argv, store, rank, world):
             loss += micro_loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
         norm = norm.full_tensor() if c.fsdp else norm
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=forward is model)   # DDP's gradients are views of its buckets: keep them
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=forward is model)   # DDP's gradients are views of its buckets: keep them
         step += 1
 
     for s, handler in handlers.items():
