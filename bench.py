@@ -1,16 +1,26 @@
 """
-What attention in blocks and the KV cache cost and save, measured on this machine.
+What each variant costs and what it buys, and how fast all of it is, measured on this machine.
 
-  python bench.py attention    time and memory of full, masked and blocked attention against the length of the text
-  python bench.py decode       tokens/s of generation, GPT-2 124M, beside transformers (if it is installed); a step after 400 and
-                               after 4,000 tokens with RoPE and a window
-  python bench.py endless      100,000 tokens from one model with RoPE and a window: speed and memory as it goes
-  python bench.py processes    train.py alone, as DDP and as FSDP: tokens/s of two processes with half the threads each, and what each holds
+  python bench.py             size, compute, memory and speed of gpt2, rope, gqa, swa and modern (all three): README, "The assessment";
+                              config files that follow add the model they describe: python bench.py config/gqa.py
+                              --csv writes assets/variants.csv, --plot draws it
+  python bench.py papers      what the papers claim, in miniature: 96 short trainings of train.py, into assets/papers.csv
+  python bench.py plots       draws assets/*.png anew from assets/*.csv
 
-Everything that is compared is measured in one run, in turn; times are medians, with the smallest and largest beside them.
+  python bench.py attention   time and memory of full, masked and blocked attention against the length of the text (part of the first)
+  python bench.py steps       a training step beside nanoGPT's (--nanogpt=FOLDER, a clone of it), and of long texts beside full attention
+  python bench.py start       from the command to the first step, and to the loss nanoGPT's recipe ends with (--nanogpt=FOLDER)
+  python bench.py decode      tokens/s of generation beside transformers (if it is installed), and with fewer key/value heads
+  python bench.py endless     100,000 tokens from one model with RoPE and a window: speed and memory as it goes
+  python bench.py processes   train.py alone, as DDP and as FSDP: tokens/s of two processes with half the threads each, and what each holds
+
+Everything that is compared is measured in one run, in turn, after a warm-up; figures are medians, with the smallest and largest.
 """
 
 import argparse
+import csv
+import importlib.util
+import math
 import multiprocessing
 import os
 import re
@@ -19,11 +29,38 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
+import train
+import weights
+from launch import choose_device
 from model import GPT, GPTConfig, attend, attend_in_blocks, visible
+from prepare_data import Data, load_meta
+from sample import compile_products
+
+HERE = Path(__file__).parent.resolve()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+def seconds_of(f):
+    """How long f() takes; on a GPU from when it begins to work on it to when it has ended"""
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        f()
+        return time.perf_counter() - start
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    f()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def times(*functions, repeat=5):
@@ -32,9 +69,7 @@ def times(*functions, repeat=5):
     for _ in range(repeat):
         for f, seconds in zip(functions, taken):
             f()   # does not count: what ran before has left caches and memory as it needed them
-            start = time.perf_counter()
-            f()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(seconds_of(f))
     return taken
 
 
@@ -43,7 +78,11 @@ def ms(seconds):
 
 
 def peak_mb(reset=False):
-    """The most memory this process has held, in MB; with reset what it holds now, from where the peak is counted anew."""
+    """The most memory held, in MB, of the GPU if there is one; with reset what is held now, from where the peak is counted anew"""
+    if torch.cuda.is_available():
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return (torch.cuda.memory_allocated() if reset else torch.cuda.max_memory_allocated()) / 2**20
     try:   # Linux; elsewhere no memory figures
         if reset:
             with open("/proc/self/clear_refs", "w") as f:
@@ -54,8 +93,131 @@ def peak_mb(reset=False):
         return float("nan")
 
 
+def added_mb(f):
+    """The most memory that f() holds on top of what is held before it"""
+    before = peak_mb(reset=True)
+    f()
+    return peak_mb() - before
+
+
+def training_step(model, B, T, optimizer="adamw", theirs=False):
+    """-> a function that does one step as train.py does, on random tokens. theirs: as nanoGPT does on this device"""
+    device, bf16, _ = choose_device("auto", "auto")
+    model.to(device).train()
+    c = train.TrainConfig(optimizer=optimizer)
+    optimizers = [model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)] if theirs else train.make_optimizers(model, c, device)
+    bf16 = bf16 and (device.type == "cuda" or not theirs)   # on a CPU nanoGPT computes in float32
+    x, y = (torch.randint(model.config.vocab_size, (B, T), device=device) for _ in range(2))
+
+    def step():
+        torch.backends.cuda.enable_flash_sdp(theirs or not (bf16 and device.type == "cpu" and T < 256))
+        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+            loss = model(x, y)[1]
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for o in optimizers:
+            o.step()
+        model.zero_grad(set_to_none=True)
+    return step
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What each variant costs
+
+WINDOW = 256
+ROPE, GQA, SWA = dict(use_rope=True), dict(use_gqa=True, n_kv_head=4), dict(use_swa=True, window_size=WINDOW)
+VARIANTS = dict(gpt2={}, rope=ROPE, gqa=GQA, swa=SWA, modern=ROPE | GQA | SWA)
+
+
+def cache_bytes(config, n, itemsize=4):
+    """What the cache of n tokens takes: key and value of every token that is kept, in every layer"""
+    kept = sum(min(n, W) if W else n for W in config.windows)
+    return 2 * kept * (config.n_kv_head or config.n_head) * (config.n_embd // config.n_head) * itemsize
+
+
+def fill(model, n, B=1):
+    """A cache that has seen n tokens"""
+    cache, device = model.new_cache(B), next(model.parameters()).device
+    for chunk in torch.randint(model.config.vocab_size, (B, n), device=device).split(512, dim=1):
+        model.hidden(chunk, cache)
+    held = sum(t.numel() * t.element_size() for layer in cache.layers for kv in (layer.k, layer.v)
+               for t in [kv[:, :, :min(n, kv.shape[2])]])
+    assert held == B * cache_bytes(model.config, n), "the formula is wrong"
+    return cache
+
+
+def table(title, columns, rows):
+    print(f"\n{title}\n\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    for name, cells in rows.items():
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def variants(files, write_csv):
+    device, bf16, line = choose_device("auto", "auto")
+    print(line)
+    configs = {name: GPTConfig(**switches) for name, switches in VARIANTS.items()}
+    given = {Path(f).stem: train.load_config([f])[1] for f in files}
+    rows, records = {}, []
+    for name, config in (configs | given).items():
+        with torch.device("meta"):
+            model = GPT(config)
+        cells = [f"{model.num_params() / 1e6:.2f}M"]
+        cells += [f"{model.flops_per_token(T) / 1e6:,.0f}M" for T in (1024, 16384)]
+        rows[name] = [*cells, f"{cache_bytes(config, 1):,}", *(f"{cache_bytes(config, n) / 1e6:.1f} MB" for n in (1024, 16384))]
+    table("GPT-2 124M, by formula (tests hold parameters and FLOPs to be exact; cache in float32, batch 1)",
+          ["parameters", "training FLOPs a token, T = 1,024", "T = 16,384", "cache bytes a token", "cache of 1,024 tokens", "of 16,384"], rows)
+
+    gpu = device.type == "cuda"
+    T, contexts = (4096, (256, 1024, 4096, 16384, 32768)) if gpu else (2048, (256, 1024, 4096))
+    shape = {} if gpu else dict(n_layer=4, vocab_size=4096)   # GPT-2's own blocks, four of them, and fewer tokens to choose from
+    configs = {name: replace(config, **shape) for name, config in configs.items()} | given
+    configs = {name: replace(config, block_size=max(contexts) + 64) for name, config in configs.items()}
+    models = {name: GPT(config) for name, config in configs.items()}
+    steps = {name: training_step(model, 1, T) for name, model in models.items()}
+    memory = {}
+    for name, step in steps.items():
+        step()
+        memory[name] = [added_mb(step)]
+    measured = {("step", T): dict(zip(models, times(*steps.values(), repeat=5))), ("memory", T): memory}
+    for model in models.values():
+        model.eval()
+    torch.backends.cuda.enable_flash_sdp(True)
+    with torch.no_grad():
+        for n in contexts:
+            idx = torch.randint(100, (1, n), device=device)
+            measured["prefill", n] = dict(zip(models, times(*(lambda m=m: m.hidden(idx, m.new_cache(1)) for m in models.values()), repeat=3)))
+            caches = {name: fill(model, n) for name, model in models.items()}
+            measured["decode", n] = dict(zip(models, times(*(lambda name=name: models[name](idx[:, :1], cache=caches[name]) for name in models), repeat=25)))
+    base = "gpt2"
+    rows = {name: [] for name in models}
+    for (what, n), taken in measured.items():
+        tokens = {"step": T, "prefill": n, "decode": 1, "memory": None}[what]
+        for name, values in taken.items():
+            mid, ratio = statistics.median(values), statistics.median(taken[base]) / statistics.median(values)
+            if tokens:
+                spread = (max(values) - min(values)) / 2 / mid
+                rows[name].append(f"{tokens / mid:,.0f} ±{spread:.0%} ({ratio:.2f})")
+            else:
+                rows[name].append(f"{mid:,.0f} MB ({1 / ratio:.2f})")
+            records.append((what, name, n, mid, min(values), max(values)))
+    columns = [{"step": f"training, T = {n:,}", "memory": "memory of a step", "prefill": f"prompt of {n:,}", "decode": f"decode after {n:,}"}[what]
+               for what, n in measured]
+    table(f"tokens/s (ratio to gpt2), {'GPT-2 124M' if gpu else 'four blocks of GPT-2, vocabulary 4,096'}, batch 1; training in "
+          f"{'bfloat16' if bf16 else 'float32'}, the rest in float32; memory above parameters and optimizer", columns, rows)
+    records += attention()
+    if write_csv:
+        (HERE / "assets").mkdir(exist_ok=True)
+        with open(HERE / "assets" / "variants.csv", "w", encoding="utf-8") as f:
+            print(f"# torch {torch.__version__}, {line}; seconds and, for memory, MB", file=f)
+            print("what,variant,T,median,low,high", file=f)
+            for *key, mid, low, high in records:
+                print(*key, f"{mid:.6g}", f"{low:.6g}", f"{high:.6g}", sep=",", file=f)
+
+
+# Attention by itself
+
 def masked(q, k, v, W):
-    pos = torch.arange(q.shape[2])
+    pos = torch.arange(q.shape[2], device=q.device)
     return attend(q, k, v, visible(pos, pos, W))
 
 
@@ -63,62 +225,141 @@ FORMS = dict(full=lambda q, k, v, W: attend(q, k, v), masked=masked, blocks=atte
 
 
 def qkv(T, H=12, D=64):
-    return torch.randn(1, T, 3 * H, D).transpose(1, 2)   # as c_attn leaves them: heads side by side
+    return torch.randn(1, T, 3 * H, D, device="cuda" if torch.cuda.is_available() else "cpu").transpose(1, 2)   # as c_attn leaves them
 
 
 def backward_memory(args):
-    """Peak memory of forward and backward, in a process of its own: (form, T, W) -> MB above what stood before"""
-    form, T, W = args
+    """Peak memory of forward and backward, in a process of its own: (form, T) -> MB above what stood before"""
+    form, T = args
     heads = qkv(T).requires_grad_()
-    before = peak_mb(reset=True)
-    q, k, v = heads.split(12, dim=1)
-    FORMS[form](q, k, v, W).sum().backward()
-    return peak_mb() - before
+    return added_mb(lambda: FORMS[form](*heads.split(12, dim=1), WINDOW).sum().backward())
 
 
-def attention(W=256):
-    print(f"12 heads of 64, W = {W}, float32, forward; memory: forward and backward")
+def attention():
+    """Time and memory of full, masked and blocked attention against the length of the text -> records"""
+    records, rows = [], {}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for T in (1024, 2048, 4096, 8192, 16384):
             forms = {name: f for name, f in FORMS.items() if T < 16384 or name != "masked"}   # whose mask alone is 1 GB there
-            memory = pool.map(backward_memory, [(form, T, W) for form in forms], chunksize=1)
+            memory = pool.map(backward_memory, [(form, T) for form in forms], chunksize=1)
             with torch.no_grad():
                 q, k, v = qkv(T).split(12, dim=1)
-                taken = times(*(lambda form=form: form(q, k, v, W) for form in forms.values()), repeat=25 if T < 8192 else 5)
+                taken = times(*(lambda form=form: form(q, k, v, WINDOW) for form in forms.values()), repeat=25 if T < 4096 else 5)
+            rows[f"{T:,}"] = [f"{ms(t).strip()}, {mb:.0f} MB" for t, mb in zip(taken, memory)]
+            rows[f"{T:,}"] += ["-"] * (len(FORMS) - len(forms)) + [f"{statistics.median(taken[0]) / statistics.median(taken[-1]):.1f}"]
             for form, seconds, mb in zip(forms, taken, memory):
-                ratio = statistics.median(taken[0]) / statistics.median(seconds)
-                print(f"T {T:6}  {form:6} {ms(seconds):40} {ratio:5.1f} times as fast as full   {mb:6.0f} MB", flush=True)
+                records.append(("attention", form, T, statistics.median(seconds), min(seconds), max(seconds)))
+                records.append(("attention memory", form, T, mb, mb, mb))
+    table(f"Attention, 12 heads of 64, W = {WINDOW}, float32: time forward; memory of forward and backward", ["full", "masked", "in blocks", "full / blocks"],
+          {T: cells if cells[2] != "-" else [cells[0], "-", cells[1], cells[3]] for T, cells in rows.items()})
+    return records
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How fast
+
+def theirs(folder):
+    """nanoGPT's model.py as a module, from a clone of its repository"""
+    spec = importlib.util.spec_from_file_location("nanogpt", Path(folder) / "model.py")
+    module = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def steps(nanogpt):
+    shapes = {"nanoGPT's CPU recipe, 12 x 64": (12, 64, 20, dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65, bias=False)),
+              "GPT-2 124M, 2 x 512": (2, 512, 1, dict(vocab_size=50304, bias=False))}
+    for name, (B, T, n, shape) in shapes.items():
+        runs = {"plainGPT": training_step(GPT(GPTConfig(**shape)), B, T)}
+        if nanogpt:
+            module = theirs(nanogpt)
+            with redirect_stdout(open(os.devnull, "w")):
+                runs["nanoGPT"] = training_step(module.GPT(module.GPTConfig(dropout=0.0, **shape)), B, T, theirs=True)
+        taken = times(*(lambda step=step: [step() for _ in range(n)] for step in runs.values()), repeat=5)
+        print(f"a training step, {name}")
+        for run, seconds in zip(runs, taken):
+            print(f"  {run:22} {ms([s / n for s in seconds]):36} {statistics.median(taken[-1]) / statistics.median(seconds):5.2f} times as fast as the last")
+    print("a training step, GPT-2 124M, 1 x 4,096; memory above parameters and optimizer")
+    runs, memory = {}, {}
+    for name in ("modern", "gpt2"):
+        runs[name] = training_step(GPT(GPTConfig(block_size=4096, **VARIANTS[name])), 1, 4096)
+        runs[name]()
+        memory[name] = added_mb(runs[name])
+    taken = times(*runs.values(), repeat=3)
+    for run, seconds in zip(runs, taken):
+        print(f"  {run:22} {ms(seconds):36} {statistics.median(taken[-1]) / statistics.median(seconds):5.2f} times as fast as the last, {memory[run]:,.0f} MB")
+
+
+RECIPE = ("--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 "
+          "--max_iters=2000 --lr_decay_iters=2000 --dropout=0.0").split()   # nanoGPT's README
+
+
+def start(nanogpt):
+    """Whole commands, data ready: seconds from the command to a line that it prints"""
+    def until(pattern, folder, *command):
+        begun, out = time.perf_counter(), tempfile.mkdtemp()
+        process = subprocess.Popen([sys.executable, *command, f"--out_dir={out}"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                   text=True, encoding="utf-8", env=os.environ | {"PYTHONUNBUFFERED": "1"})
+        found = next((time.perf_counter() - begun for line in process.stdout if (m := re.search(pattern, line)) and (not m.groups() or float(m[1]) < 1.898)), math.nan)
+        process.kill()
+        process.wait()
+        return found
+    train_py = ("train.py", "config/shakespeare.py")
+    runs = {"to the first step": (r"step 1/", HERE, *train_py, "--eval_iters=1", "--log_interval=1"),
+            "to a validation loss below 1.898": (r"validation loss ([\d.]+),", HERE, *train_py)}
+    if nanogpt:
+        recipe = ("train.py", "config/train_shakespeare_char.py", *RECIPE)
+        runs["to the first step, nanoGPT"] = (r"iter 0", nanogpt, *recipe, "--eval_iters=1")
+        runs["to the end, nanoGPT"] = (r"iter 2000", nanogpt, *recipe)
+    found = {name: [] for name in runs}
+    for _ in range(3):
+        for name, run in runs.items():
+            found[name].append(until(*run))
+    for name, seconds in found.items():
+        print(f"{name:36} {statistics.median(seconds):6.1f} s ({min(seconds):.1f} to {max(seconds):.1f})", flush=True)
 
 
 @torch.no_grad()
 def decode(new=256):
     torch.manual_seed(0)
-    idx = torch.randint(50257, (1, 16))
-    ours = GPT(GPTConfig()).eval()
-    runs = {"plainGPT": lambda: ours.generate(idx, new, temperature=0)}
-    try:
-        import transformers
-        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
-        runs[f"transformers {transformers.__version__}"] = lambda: theirs.generate(
-            idx, attention_mask=torch.ones_like(idx), max_new_tokens=new, min_new_tokens=new, do_sample=False)
-    except ImportError:
-        print("transformers is not installed: no comparison")
-    print(f"GPT-2 124M, float32, greedy, a prompt of 16 tokens, {new} new ones")
-    taken = times(*runs.values(), repeat=3)
-    for name, seconds in zip(runs, taken):
-        print(f"  {name:22} {new / statistics.median(seconds):6.1f} tokens/s ({new / max(seconds):.1f} to {new / min(seconds):.1f})")
+    idx, weight = torch.randint(50257, (1, 16)), torch.ones(124_439_808)
+    speed = weight.numel() * 4 / min(times(weight.sum, repeat=9)[0])
+    print(f"reading memory: {speed / 1e9:.1f} GB/s. GPT-2 124M, greedy, a prompt of 16 tokens, {new} new ones; share of what reading the weights alone would allow")
+    for dtype in (torch.float32, torch.bfloat16):
+        models = [GPT(GPTConfig()).eval().to(dtype) for _ in range(2)]
+        compile_products(models[1])
+        runs = {"plainGPT": lambda: models[0].generate(idx, new, temperature=0), "plainGPT --compile": lambda: models[1].generate(idx, new, temperature=0)}
+        try:
+            import transformers
+            model = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval().to(dtype)
+            runs[f"transformers {transformers.__version__}"] = lambda: model.generate(
+                idx, attention_mask=torch.ones_like(idx), max_new_tokens=new, min_new_tokens=new, do_sample=False)
+        except ImportError:
+            print("transformers is not installed: no comparison")
+        taken = times(*runs.values(), repeat=3)
+        for name, seconds in zip(runs, taken):
+            rate, limit = new / statistics.median(seconds), speed / weight.numel() / dtype.itemsize
+            print(f"  {str(dtype)[6:]:9}{name:22} {rate:6.1f} tokens/s ({new / max(seconds):.1f} to {new / min(seconds):.1f}), {rate / limit:.0%}, "
+                  f"{statistics.median(taken[-1]) / statistics.median(seconds):.2f} times the last", flush=True)
 
-    config = GPTConfig(use_rope=True, use_swa=True, window_size=256)
-    model, token = GPT(config).eval(), torch.randint(50257, (1, 1))
-    print("one more token, RoPE and W = 256, in turn")
-    caches = {}
-    for length in (400, 4000):
-        caches[length] = model.new_cache(1)
-        for chunk in torch.randint(50257, (1, length)).split(500, dim=1):
-            model.hidden(chunk, caches[length])
-    steps = times(*(lambda cache=cache: model(token, cache=cache) for cache in caches.values()), repeat=100)
-    for length, seconds in zip(caches, steps):
-        print(f"  after {length:5} tokens {ms(seconds)}")
+    def one_more(name, length, B, **switches):
+        model = GPT(GPTConfig(block_size=8192, **switches)).eval()
+        cache, token = model.new_cache(B), torch.randint(50257, (B, 1))
+        shape, n = (B, model.config.n_kv_head or 12, 512, 64), 0
+        while n < length:   # what the tokens were does not matter: keys and values at random
+            for layer in cache.layers:
+                layer.update(torch.randn(shape), torch.randn(shape), torch.arange(n, n + 512))
+            n += 512
+        runs[name] = lambda: model(token, cache=cache)
+    for title, cases in {"one more token, batch 8, after 4,096, float32": dict(grouped=(4096, 8, GQA), multi_head=(4096, 8, {})),
+                         "one more token, RoPE and W = 256, batch 1": {f"after {n:,}": (n, 1, ROPE | SWA) for n in (512, 4096)}}.items():
+        runs = {}
+        for name, (length, B, switches) in cases.items():
+            one_more(name, length, B, **switches)
+        taken = times(*runs.values(), repeat=25)
+        print(title)
+        for name, seconds in zip(runs, taken):
+            print(f"  {name:22} {ms(seconds):36} {statistics.median(taken[-1]) / statistics.median(seconds):5.2f} times as fast as the last", flush=True)
 
 
 def endless(n=100_000):
@@ -147,8 +388,8 @@ def save_and_note(path, model, optimizers, *rest):
     held["averages"] = size(t for optimizer in optimizers for state in optimizer.state.values() for t in state.values())
     print(f"held: {size(model.parameters()):.0f} MB of parameters,", ", ".join(f"{n:.0f} of {name}" for name, n in held.items()))
 
-held, clip, save = {}, torch.nn.utils.clip_grad_norm_, train.save
-torch.nn.utils.clip_grad_norm_, train.save = clip_and_note, save_and_note
+held, clip, save = {}, torch.nn.utils.clip_grad_norm_, train.weights.save_checkpoint
+torch.nn.utils.clip_grad_norm_, train.weights.save_checkpoint = clip_and_note, save_and_note
 train.GPT.from_pretrained = lambda path: train.GPT(train.GPTConfig(8, 8, 1, 1, 8))   # nothing was saved; no sample at the end
 train.GPT.generate = lambda self, idx, *args, **options: idx
 train.run(train.main)
@@ -156,18 +397,18 @@ train.run(train.main)
 
 
 def processes():
-    here, threads = Path(__file__).parent.resolve(), torch.get_num_threads()
+    threads = torch.get_num_threads()
     models = {"config/shakespeare.py": ["config/shakespeare.py", "--device=cpu", "--max_iters=300", "--log_interval=150"],
               "GPT-2 124M, 8 x 256 tokens": ["--block_size=256", "--vocab_size=50304", "--batch_size=8", "--micro_batch_size=2",
                                              "--warmup_iters=0", "--dtype=float32", "--device=cpu", "--max_iters=2", "--log_interval=1"]}
     modes = {"alone": (1, []), "DDP": (2, []), "FSDP": (2, ["--fsdp"])}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("config", "train.py"):
-            os.symlink(here / name, Path(folder, name))
+            os.symlink(HERE / name, Path(folder, name))
         Path(folder, "held.py").write_text(HELD)
-        Path(folder, "text.txt").write_text("".join(p.read_text(encoding="utf-8") for p in here.glob("*.py")), encoding="utf-8")
-        env = os.environ | {"PYTHONPATH": str(here)}
-        subprocess.run([sys.executable, here / "prepare_data.py", "--input", "text.txt", "--name", "text"], cwd=folder, env=env, check=True, capture_output=True)
+        Path(folder, "text.txt").write_text("".join(p.read_text(encoding="utf-8") for p in HERE.glob("*.py")), encoding="utf-8")
+        env = os.environ | {"PYTHONPATH": str(HERE)}
+        subprocess.run([sys.executable, HERE / "prepare_data.py", "--input", "text.txt", "--name", "text"], cwd=folder, env=env, check=True, capture_output=True)
         for name, flags in models.items():
             speeds, held = {mode: [] for mode in modes}, {}
             for _ in range(3):
@@ -185,9 +426,224 @@ def processes():
                       f"{max(speeds[mode]):,.0f})  {ratio:.2f} of alone; {held[mode]}", flush=True)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The papers' claims, in miniature
+
+SMALL = ["config/shakespeare.py", "--device=cpu", "--n_layer=4", "--n_head=8", "--n_embd=128", "--block_size=128", "--batch_size=16",
+         "--micro_batch_size=16", "--max_iters=300", "--optimizer=muon", "--learning_rate=1.5e-2", "--warmup_iters=40", "--eval_interval=100",
+         "--eval_iters=30", "--log_interval=50"]   # 480 sequences of 128 validate
+SEEDS = (1, 2, 3)
+KV = {f"kv{n}": ["--use_gqa", f"--n_kv_head={n}"] for n in (4, 2, 1)}
+WINDOWS = {f"W{w}": ["--use_swa", f"--window_size={w}"] for w in (8, 16, 32, 64)}
+DEPTH = {"growing": ["--use_swa", "--window_size=(8,24,40,56)"], "shrinking": ["--use_swa", "--window_size=(56,40,24,8)"]}
+ROPE, MODERN = ["--use_rope"], ["--use_rope", "--use_gqa", "--n_kv_head=2", "--use_swa", "--window_size=32"]
+TRAINED = {"gpt2": [], "rope": ROPE, **KV, **WINDOWS, **DEPTH, "rope+W32": ROPE + WINDOWS["W32"], "modern": MODERN}
+BOTH = ("gpt2", "rope", "kv2", "kv1", "W32", "growing", "shrinking", "modern")   # on both texts; the rest on Shakespeare alone
+LENGTHS = (64, 128, 256, 512)   # evaluated on; trained on 128
+CONVERT = "mean", "first", "random"
+
+
+def loss_at(folder, dataset, T):
+    """Validation loss of a run's last checkpoint on sequences of T tokens, over the first 61,440 tokens of the split"""
+    model = GPT.from_pretrained(folder / "ckpt.pt", **({"block_size": T} if T > 128 else {}))
+    data = Data(Path("data") / dataset, load_meta(Path("data") / dataset), "val", T, seed=0)
+    c = train.TrainConfig(batch_size=8, eval_iters=61440 // 8 // T)
+    return train.evaluate(model, data, c, 8, nullcontext(), torch.device("cpu"))
+
+
+def convert(source, target, how, n_kv_head):
+    """Write a run's last checkpoint again, with n_kv_head key/value heads made from all of its heads: their mean, the first, or random"""
+    checkpoint = weights.load_checkpoint(source / "ckpt.pt")
+    model = GPT.from_pretrained(source / "ckpt.pt", use_gqa=True, n_kv_head=n_kv_head)   # the mean
+    H, D, C = model.config.n_head, model.config.n_embd // model.config.n_head, model.config.n_embd
+    for block, old in zip(model.h, GPT.from_pretrained(source / "ckpt.pt").h):
+        new = block.attn.c_attn.weight.data[C:].view(2, n_kv_head, D, C)
+        if how == "first":
+            new.copy_(old.attn.c_attn.weight.data[C:].view(2, n_kv_head, H // n_kv_head, D, C)[:, :, 0])
+        if how == "random":
+            torch.nn.init.normal_(new, std=0.02)
+    target.mkdir()
+    torch.save(checkpoint | dict(model=model.state_dict(), gpt_config=asdict(model.config)), target / "best.pt")
+
+
+def train_and_look(job):
+    """One run of train.py on one thread -> rows of the table: experiment, data, variant, seed, step, length, loss"""
+    folder, dataset, variant, seed = job
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    out, rows = Path(f"{dataset}-{variant}-{seed}"), []
+
+    def run(out, *flags):
+        with open(os.devnull, "w") as quiet, redirect_stdout(quiet):
+            train.main([*SMALL, *flags, f"--dataset={dataset}", f"--seed={seed}", f"--out_dir={out}"])
+        with open(out / "metrics.csv") as f:
+            table = list(csv.DictReader(f))
+        speed.append(statistics.median(int(r["tokens_per_s"]) for r in table if r["tokens_per_s"]))
+        return [(int(r["step"]), float(r["val_loss"])) for r in table if r["val_loss"]]
+
+    speed = []
+    for step, loss in run(out, *TRAINED[variant]):
+        rows.append(("train", dataset, variant, seed, step, 128, loss))
+    rows.append(("tokens/s", dataset, variant, seed, 300, 128, speed[0]))
+    for T in LENGTHS if variant in ("gpt2", "rope", "rope+W32", "modern") else ():
+        if "--use_rope" in TRAINED[variant] or T <= 128:
+            rows.append(("length", dataset, variant, seed, 300, T, loss_at(out, dataset, T)))
+    if variant == "gpt2":   # uptraining: 5% and 10% of the steps, at a third of the learning rate
+        more = ["--max_iters=30", "--eval_interval=15", "--warmup_iters=0", "--learning_rate=5e-3", "--dropout=0"]
+        for kv in (2, 1):
+            for how in CONVERT:
+                converted = Path(f"{out}-{how}-{kv}")
+                convert(out, converted, how, kv)
+                for step, loss in run(Path(f"{converted}-more"), f"--init_from={converted}", *KV[f"kv{kv}"], *more):
+                    rows.append(("convert", dataset, f"kv{kv} {how}", seed, step, 128, loss))
+        for step, loss in run(Path(f"{out}-more"), f"--init_from={out}", *more):
+            rows.append(("convert", dataset, "multi-head", seed, step, 128, loss))
+    return rows
+
+
+def papers():
+    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(torch.get_num_threads()) as pool:
+        for name in ("config", "data", "assets"):
+            (HERE / name).mkdir(exist_ok=True)
+            os.symlink(HERE / name, Path(folder, name))
+        for dataset in ("shakespeare", "stdlib"):
+            if not Path("data", dataset, "meta.json").exists():
+                train.prepare(dataset)
+        jobs = [(folder, dataset, variant, seed) for dataset, names in (("shakespeare", TRAINED), ("stdlib", BOTH)) for variant in names for seed in SEEDS]
+        with open(HERE / "assets" / "papers.csv", "w") as f:
+            print("experiment,data,variant,seed,step,length,loss", file=f)
+            for i, rows in enumerate(pool.imap(train_and_look, jobs), 1):
+                for row in rows:
+                    print(*row[:-1], f"{row[-1]:.4f}", sep=",", file=f, flush=True)
+                print(f"{i} of {len(jobs)}: {' '.join(map(str, jobs[i - 1][1:]))} {rows[0][-1]:.4f} to {[r for r in rows if r[0] == 'train'][-1][-1]:.4f}", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plots: one idea each, a variant always in the same colour and with the same marker, so that they also read in grey
+
+STYLE = dict(gpt2=("#222222", "o", "-"), rope=("#1f77b4", "s", "--"), gqa=("#ff7f0e", "^", "-."), swa=("#2ca02c", "D", ":"), modern=("#d62728", "v", "-"),
+             full=("#222222", "o", "-"), masked=("#888888", "x", "--"), blocks=("#2ca02c", "D", ":"))
+
+
+def plots():
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
+
+    def read(name):
+        with open(HERE / "assets" / name, encoding="utf-8") as f:
+            return list(csv.DictReader(line for line in f if not line.startswith("#")))
+
+    def figure(title, *axes):
+        fig, ax = plt.subplots(1, len(axes), figsize=(4.2 * len(axes), 3.2), squeeze=False)
+        fig.suptitle(title, fontsize=10)
+        for a, (x, y) in zip(ax[0], axes):
+            a.set(xlabel=x, ylabel=y)
+        return fig, ax[0]
+
+    def save(fig, name):
+        fig.tight_layout()
+        fig.savefig(HERE / "assets" / f"{name}.png", dpi=130)
+        plt.close(fig)
+
+    def logarithmic(ax, xs):
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(xs, [f"{x:,}" for x in xs])
+        ax.minorticks_off()
+
+    def line(ax, label, points, style=None, scale=1.0):
+        """points: x -> list of values; their median, and a bar from the smallest to the largest"""
+        colour, marker, dashes = STYLE[style or label]
+        xs = sorted(points)
+        mid = [statistics.median(points[x]) * scale for x in xs]
+        ends = [[m - min(points[x]) * scale for m, x in zip(mid, xs)], [max(points[x]) * scale - m for m, x in zip(mid, xs)]]
+        ax.errorbar(xs, mid, ends, label=label, color=colour, marker=marker, linestyle=dashes, markersize=4, capsize=2, linewidth=1.4)
+
+    cost, claims = read("variants.csv"), read("papers.csv")
+
+    def measured(what, variant):
+        return {int(r["T"]): [float(r["low"]), float(r["median"]), float(r["high"])] for r in cost if r["what"] == what and r["variant"] == variant}
+
+    def loss(experiment, variant, dataset="shakespeare", by="step", **only):
+        points = {}
+        for r in claims:
+            if (r["experiment"], r["variant"], r["data"]) == (experiment, variant, dataset) and all(r[k] == str(v) for k, v in only.items()):
+                points.setdefault(int(r[by]), []).append(float(r["loss"]))
+        return points
+
+    # 1: windows make attention linear
+    fig, (time_, memory) = figure("Attention alone, 12 heads of 64, W = 256", ("tokens T", "forward, ms"), ("tokens T", "forward and backward, MB"))
+    for form in ("full", "masked", "blocks"):
+        line(time_, form, measured("attention", form), scale=1e3)
+        line(memory, form, measured("attention memory", form))
+    for ax in (time_, memory):
+        logarithmic(ax, sorted(measured("attention", "full")))
+        ax.set_yscale("log")
+    time_.legend(frameon=False)
+    save(fig, "attention")
+
+    # 2: what one more token costs
+    fig, (size, speed) = figure("Decoding, batch 1", ("tokens of context", "cache of GPT-2 124M in float32, MB"), ("tokens of context", "one more token, ms"))
+    lengths = [2**n for n in range(8, 16)]
+    for name, switches in VARIANTS.items():
+        line(size, name, {n: [cache_bytes(GPTConfig(**switches), n) / 1e6] for n in lengths})
+        line(speed, name, measured("decode", name), scale=1e3)
+    logarithmic(size, lengths[::2])
+    size.set_yscale("log")
+    logarithmic(speed, sorted(measured("decode", "gpt2")))
+    speed.set_ylim(bottom=0)
+    size.legend(frameon=False)
+    save(fig, "decode")
+
+    # 3: RoPE
+    fig, (course, length) = figure("Rotary against learned positions, tiny Shakespeare, trained on 128 tokens, three seeds",
+                                   ("step", "validation loss"), ("tokens read at once", "validation loss after training"))
+    for name in ("gpt2", "rope"):
+        line(course, name, {k: v for k, v in loss("train", name).items() if k})
+    for name, label in (("gpt2", "gpt2"), ("rope", "rope"), ("rope+W32", "swa"), ("modern", "modern")):
+        line(length, {"swa": "rope + swa"}.get(label, label), loss("length", name, by="length"), style=label)
+    logarithmic(length, LENGTHS)
+    course.legend(frameon=False)
+    length.legend(frameon=False)
+    save(fig, "rope")
+
+    # 4: GQA
+    fig, (heads, steps) = figure("Fewer key/value heads, tiny Shakespeare, eight query heads, three seeds", ("key/value heads", "validation loss"),
+                                 ("steps of uptraining (30 = 10%)", "validation loss"))
+    line(heads, "gqa", {n: loss("train", name, step=300)[300] for n, name in ((8, "gpt2"), (4, "kv4"), (2, "kv2"), (1, "kv1"))})
+    logarithmic(heads, (1, 2, 4, 8))
+    for name, style in (("random", "masked"), ("first", "swa"), ("mean", "gqa")):
+        line(steps, f"2 heads, {name}", loss("convert", f"kv2 {name}"), style)
+    line(steps, "all 8 heads", loss("convert", "multi-head"), "gpt2")
+    steps.legend(frameon=False)
+    save(fig, "gqa")
+
+    # 5: windows
+    fig, (width, depth) = figure("Windows, four layers, tiny Shakespeare, three seeds", ("window W (128 = full attention)", "validation loss"),
+                                 ("", "validation loss"))
+    line(width, "swa", {w: loss("train", name, step=300)[300] for w, name in ((8, "W8"), (16, "W16"), (32, "W32"), (64, "W64"), (128, "gpt2"))})
+    logarithmic(width, (8, 16, 32, 64, 128))
+    line(depth, "swa", {i: loss("train", name, step=300)[300] for i, name in enumerate(("shrinking", "W32", "growing"))})
+    depth.set_xticks(range(3), ["shrinking\\n56 40 24 8", "fixed\\n32", "growing\\n8 24 40 56"])
+    save(fig, "windows")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("attention", "decode", "endless", "processes"))
-    what = parser.parse_args().what
-    print(f"torch {torch.__version__}, cpu, {torch.get_num_threads()} threads")
-    {"attention": attention, "decode": decode, "endless": endless, "processes": processes}[what]()
+    commands = dict(papers=papers, attention=attention, decode=decode, endless=endless, processes=processes)
+    parser.add_argument("what", nargs="*", help="a command, or config files; nothing = the variants")
+    parser.add_argument("--nanogpt", metavar="FOLDER", help="a clone of nanoGPT to run beside: steps, start")
+    parser.add_argument("--csv", action="store_true", help="write assets/variants.csv")
+    parser.add_argument("--plot", action="store_true", help="draw assets/*.png at the end")
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    what = args.what[0] if args.what else ""
+    if what in commands:
+        commands[what]()
+    elif what in ("steps", "start"):
+        dict(steps=steps, start=start)[what](args.nanogpt and Path(args.nanogpt).resolve())
+    elif what != "plots":
+        variants(args.what, args.csv)
+    if args.plot or what == "plots":
+        plots()

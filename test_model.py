@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench
 import weights
 from model import GPT, GPTConfig, InputError, attend, attend_in_blocks, rotate, sample, visible
 from weights import read_safetensors
@@ -872,3 +873,11 @@ def test_file_replaced_only_when_whole(tmp_path):
         f.write(b"half of")
         raise RuntimeError
     assert (tmp_path / "f").read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 1
+
+
+@every_variant
+def test_cache_takes_the_bytes_that_the_benchmark_states(switches):
+    model = tiny(**switches)
+    for n in (1, 4, 23, 32):
+        bench.fill(model, n, B=2)   # raises where what the cache holds is not bench.cache_bytes
+    assert bench.cache_bytes(GPTConfig(), 1024) == 2 * 12 * 1024 * 768 * 4

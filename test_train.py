@@ -752,7 +752,7 @@ def test_eval_only_prints_the_loss_and_touches_nothing(capsys):
 def test_checkpoints_come_after_so_many_steps_or_so_many_minutes(monkeypatch):
     def saved_at(*flags):
         steps = []
-        monkeypatch.setattr(train, "save", lambda path, model, optimizer, config, step, *rest: path.name == "ckpt.pt" and steps.append(step))
+        monkeypatch.setattr(train.weights, "save_checkpoint", lambda path, model, optimizer, config, step, *rest: path.name == "ckpt.pt" and steps.append(step))
         monkeypatch.setattr(train.GPT, "from_pretrained", lambda path: GPT(GPTConfig(8, 17, 1, 2, 16)))
         train.main([*TINY, "--eval_interval=100", *flags])
         return steps
@@ -1037,7 +1037,7 @@ LONGER = [*TINY, *SWITCHES, "--batch_size=12", "--max_iters=30", "--lr_decay_ite
 # Beside every checkpoint each process notes the bytes it holds itself.
 MANY = """
 import json, os, shutil, sys, torch, train
-clip, save, held = torch.nn.utils.clip_grad_norm_, train.save, {}
+clip, save, held = torch.nn.utils.clip_grad_norm_, train.weights.save_checkpoint, {}
 
 def size(tensors):
     tensors = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
@@ -1055,7 +1055,7 @@ def save_and_note(path, model, optimizers, *rest):
         json.dump(held, f)
     save(path, model, optimizers, *rest)
 
-torch.nn.utils.clip_grad_norm_, train.save = clip_and_note, save_and_note
+torch.nn.utils.clip_grad_norm_, train.weights.save_checkpoint = clip_and_note, save_and_note
 store, rank, world = train.join()
 for i, argv in enumerate(json.loads(sys.argv[1])):
     if argv[0] == "copy":

@@ -27,7 +27,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -186,34 +186,6 @@ def evaluate(forward, data, c, micro, autocast, device, rank=0, world=1):
     return across(total) / n
 
 
-def save(path, model, optimizers, config, step, best_val_loss, tokenizer):
-    """
-    All that is needed to go on, to sample or to start from, in one format for all modes: every rank takes part, rank 0 writes.
-    The file changes whole or not at all.
-    """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-
-    def whole(t):   # FSDP: put together, which every rank must ask for in the same order
-        t = t.full_tensor() if hasattr(t, "full_tensor") else t
-        return t.detach().cpu() if rank == 0 else None
-    params = {name: whole(p) for name, p in model.named_parameters()}
-    states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
-    states = {name: {k: whole(t) for k, t in states[p].items()} for name, p in model.named_parameters() if p in states}
-    if rank > 0:
-        return
-    if model.config.tied:
-        params["lm_head.weight"] = params["wte.weight"]
-    checkpoint = dict(model=params, optimizer=states, gpt_config=asdict(model.config), train_config=asdict(config), step=step,
-                      best_val_loss=best_val_loss, tokenizer=tokenizer,
-                      rng=torch.get_rng_state())   # for the record: every step seeds anew, so that nothing depends on it
-    try:
-        with weights.replacing(path) as f:
-            torch.save(checkpoint, f)
-    except (OSError, RuntimeError) as e:   # torch reports a full disk as either
-        raise InputError(f"cannot save {path} ({str(e).splitlines()[0]}): what was there before is untouched; when that is put "
-                         f"right, go on with --init_from=auto") from None
-
-
 def load_optimizers(optimizers, model, states, path):
     """Put back the state of every parameter, saved by its name, and cut it as the parameter is cut."""
     names = {p: name for name, p in model.named_parameters()}
@@ -251,8 +223,8 @@ def build_model(c, asked, meta):
         model = GPT(replace(GPTConfig(**checkpoint["gpt_config"]), dropout=asked.dropout))
         model.tokenizer = checkpoint["tokenizer"]
         weights.copy(model, checkpoint.pop("model"), path)
-        started, trained_with = (checkpoint["train_config"].get(k) for k in ("init_from", "optimizer"))
-        if trained_with not in (None, c.optimizer):
+        started = checkpoint["train_config"].get("init_from")
+        if (trained_with := checkpoint["train_config"].get("optimizer", "adamw")) != c.optimizer:
             raise InputError(f"{path} was trained with optimizer={trained_with}, whose averages {c.optimizer} cannot use: "
                              f"--optimizer={trained_with} goes on")
         # what the settings ask of the shape must be there: all of it if the run began from scratch, else what is not a default
@@ -351,7 +323,7 @@ def train(c, gpt_config, argv, store, rank, world):
     handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def save_as(name):
-        save(out / name, model, optimizers, c, step, best_val_loss, meta["tokenizer"])
+        weights.save_checkpoint(out / name, model, optimizers, c, step, best_val_loss, meta["tokenizer"])
 
     peak = peak_flops(torch.cuda.get_device_name()) if bf16 and device.type == "cuda" else None
     first_step, counted_from, train_seconds = step, step, 0.0   # evaluations and checkpoints do not count

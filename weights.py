@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from model import GPTConfig, InputError
 
@@ -300,6 +301,34 @@ def load_checkpoint(path):
     except (TypeError, InputError) as e:
         raise InputError(f"{path} is not a checkpoint of train.py: {e}") from None
     return checkpoint
+
+
+def save_checkpoint(path, model, optimizers, config, step, best_val_loss, tokenizer):
+    """
+    All that is needed to go on, to sample or to start from, in one format for all modes of train.py: every rank takes part, rank 0
+    writes. The file changes whole or not at all.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+
+    def whole(t):   # FSDP: put together, which every rank must ask for in the same order
+        t = t.full_tensor() if hasattr(t, "full_tensor") else t
+        return t.detach().cpu() if rank == 0 else None
+    params = {name: whole(p) for name, p in model.named_parameters()}
+    states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
+    states = {name: {k: whole(t) for k, t in states[p].items()} for name, p in model.named_parameters() if p in states}
+    if rank > 0:
+        return
+    if model.config.tied:
+        params["lm_head.weight"] = params["wte.weight"]
+    checkpoint = dict(model=params, optimizer=states, gpt_config=asdict(model.config), train_config=asdict(config), step=step,
+                      best_val_loss=best_val_loss, tokenizer=tokenizer,
+                      rng=torch.get_rng_state())   # for the record: every step seeds anew, so that nothing depends on it
+    try:
+        with replacing(path) as f:
+            torch.save(checkpoint, f)
+    except (OSError, RuntimeError) as e:   # torch reports a full disk as either
+        raise InputError(f"cannot save {path} ({str(e).splitlines()[0]}): what was there before is untouched; when that is put "
+                         f"right, go on with --init_from=auto") from None
 
 
 @contextmanager
