@@ -4,7 +4,7 @@ What each variant costs and what it buys, and how fast all of it is, measured on
   python bench.py             size, compute, memory and speed of gpt2, rope, gqa, swa and modern (all three): README, "The assessment";
                               config files that follow add the model they describe: python bench.py config/gqa.py
                               --csv writes assets/variants.csv, --plot draws it
-  python bench.py papers      what the papers claim, in miniature: 96 short trainings of train.py, into assets/papers.csv
+  python bench.py papers      what the papers claim, in miniature: 105 short trainings of train.py, into assets/papers.csv
   python bench.py plots       draws assets/*.png anew from assets/*.csv
 
   python bench.py attention   time and memory of full, masked and blocked attention against the length of the text (part of the first)
@@ -19,8 +19,8 @@ Everything that is compared is measured in one run, in turn, after a warm-up; fi
 
 import argparse
 import csv
+import ctypes
 import importlib.util
-import math
 import multiprocessing
 import os
 import re
@@ -36,10 +36,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import launch
 import train
 import weights
 from launch import choose_device
-from model import GPT, GPTConfig, attend, attend_in_blocks, visible
+from model import GPT, GPTConfig, InputError, attend, attend_in_blocks, visible
 from prepare_data import Data, load_meta
 from sample import compile_products
 
@@ -85,11 +86,12 @@ def peak_mb(reset=False):
         return (torch.cuda.memory_allocated() if reset else torch.cuda.max_memory_allocated()) / 2**20
     try:   # Linux; elsewhere no memory figures
         if reset:
+            ctypes.CDLL(None).malloc_trim(0)   # what was freed goes back to the system: used again, it counts again
             with open("/proc/self/clear_refs", "w") as f:
                 f.write("5")
         with open("/proc/self/status") as f:
             return next(int(line.split()[1]) / 1024 for line in f if line.startswith("VmRSS:" if reset else "VmHWM:"))
-    except OSError:
+    except (OSError, AttributeError, TypeError, StopIteration):
         return float("nan")
 
 
@@ -100,12 +102,16 @@ def added_mb(f):
     return peak_mb() - before
 
 
-def training_step(model, B, T, optimizer="adamw", theirs=False):
-    """-> a function that does one step as train.py does, on random tokens. theirs: as nanoGPT does on this device"""
-    device, bf16, _ = choose_device("auto", "auto")
+def machine():
+    """-> device, whether bfloat16 is faster there, a line that says so. Apple GPUs are left out: their times need another clock."""
+    return choose_device("cuda" if torch.cuda.is_available() else "cpu", "auto")
+
+
+def training_step(model, B, T, device, bf16, theirs=False):
+    """-> a function that does one step as train.py does without compiling, on random tokens. theirs: as nanoGPT does on this device"""
     model.to(device).train()
-    c = train.TrainConfig(optimizer=optimizer)
-    optimizers = [model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)] if theirs else train.make_optimizers(model, c, device)
+    torch.set_float32_matmul_precision("high")
+    optimizers = [model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)] if theirs else train.make_optimizers(model, train.TrainConfig(), device)
     bf16 = bf16 and (device.type == "cuda" or not theirs)   # on a CPU nanoGPT computes in float32
     x, y = (torch.randint(model.config.vocab_size, (B, T), device=device) for _ in range(2))
 
@@ -153,10 +159,10 @@ def table(title, columns, rows):
 
 
 def variants(files, write_csv):
-    device, bf16, line = choose_device("auto", "auto")
+    device, bf16, line = machine()
     print(line)
     configs = {name: GPTConfig(**switches) for name, switches in VARIANTS.items()}
-    given = {Path(f).stem: train.load_config([f])[1] for f in files}
+    given = {f: train.load_config([f])[1] for f in files}
     rows, records = {}, []
     for name, config in (configs | given).items():
         with torch.device("meta"):
@@ -170,10 +176,9 @@ def variants(files, write_csv):
     gpu = device.type == "cuda"
     T, contexts = (4096, (256, 1024, 4096, 16384, 32768)) if gpu else (2048, (256, 1024, 4096))
     shape = {} if gpu else dict(n_layer=4, vocab_size=4096)   # GPT-2's own blocks, four of them, and fewer tokens to choose from
-    configs = {name: replace(config, **shape) for name, config in configs.items()} | given
-    configs = {name: replace(config, block_size=max(contexts) + 64) for name, config in configs.items()}
+    configs = {name: replace(config, **shape, block_size=max(contexts) + 64) for name, config in (configs | given).items()}
     models = {name: GPT(config) for name, config in configs.items()}
-    steps = {name: training_step(model, 1, T) for name, model in models.items()}
+    steps = {name: training_step(model, 1, T, device, bf16) for name, model in models.items()}
     memory = {}
     for name, step in steps.items():
         step()
@@ -184,7 +189,7 @@ def variants(files, write_csv):
     torch.backends.cuda.enable_flash_sdp(True)
     with torch.no_grad():
         for n in contexts:
-            idx = torch.randint(100, (1, n), device=device)
+            idx = torch.randint(64, (1, n), device=device)
             measured["prefill", n] = dict(zip(models, times(*(lambda m=m: m.hidden(idx, m.new_cache(1)) for m in models.values()), repeat=3)))
             caches = {name: fill(model, n) for name, model in models.items()}
             measured["decode", n] = dict(zip(models, times(*(lambda name=name: models[name](idx[:, :1], cache=caches[name]) for name in models), repeat=25)))
@@ -193,12 +198,12 @@ def variants(files, write_csv):
     for (what, n), taken in measured.items():
         tokens = {"step": T, "prefill": n, "decode": 1, "memory": None}[what]
         for name, values in taken.items():
-            mid, ratio = statistics.median(values), statistics.median(taken[base]) / statistics.median(values)
+            mid, ratio = statistics.median(values), statistics.median(taken[base]) / max(statistics.median(values), 1e-9)
             if tokens:
                 spread = (max(values) - min(values)) / 2 / mid
                 rows[name].append(f"{tokens / mid:,.0f} ±{spread:.0%} ({ratio:.2f})")
             else:
-                rows[name].append(f"{mid:,.0f} MB ({1 / ratio:.2f})")
+                rows[name].append(f"{mid:,.0f} MB ({1 / max(ratio, 1e-9):.2f})")
             records.append((what, name, n, mid, min(values), max(values)))
     columns = [{"step": f"training, T = {n:,}", "memory": "memory of a step", "prefill": f"prompt of {n:,}", "decode": f"decode after {n:,}"}[what]
                for what, n in measured]
@@ -267,14 +272,16 @@ def theirs(folder):
 
 
 def steps(nanogpt):
+    device, bf16, line = machine()
+    print(line)
     shapes = {"nanoGPT's CPU recipe, 12 x 64": (12, 64, 20, dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65, bias=False)),
               "GPT-2 124M, 2 x 512": (2, 512, 1, dict(vocab_size=50304, bias=False))}
     for name, (B, T, n, shape) in shapes.items():
-        runs = {"plainGPT": training_step(GPT(GPTConfig(**shape)), B, T)}
+        runs = {"plainGPT": training_step(GPT(GPTConfig(**shape)), B, T, device, bf16)}
         if nanogpt:
             module = theirs(nanogpt)
             with redirect_stdout(open(os.devnull, "w")):
-                runs["nanoGPT"] = training_step(module.GPT(module.GPTConfig(dropout=0.0, **shape)), B, T, theirs=True)
+                runs["nanoGPT"] = training_step(module.GPT(module.GPTConfig(dropout=0.0, **shape)), B, T, device, bf16, theirs=True)
         taken = times(*(lambda step=step: [step() for _ in range(n)] for step in runs.values()), repeat=5)
         print(f"a training step, {name}")
         for run, seconds in zip(runs, taken):
@@ -282,7 +289,7 @@ def steps(nanogpt):
     print("a training step, GPT-2 124M, 1 x 4,096; memory above parameters and optimizer")
     runs, memory = {}, {}
     for name in ("modern", "gpt2"):
-        runs[name] = training_step(GPT(GPTConfig(block_size=4096, **VARIANTS[name])), 1, 4096)
+        runs[name] = training_step(GPT(GPTConfig(block_size=4096, **VARIANTS[name])), 1, 4096, device, bf16)
         runs[name]()
         memory[name] = added_mb(runs[name])
     taken = times(*runs.values(), repeat=3)
@@ -297,13 +304,21 @@ RECIPE = ("--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block
 def start(nanogpt):
     """Whole commands, data ready: seconds from the command to a line that it prints"""
     def until(pattern, folder, *command):
-        begun, out = time.perf_counter(), tempfile.mkdtemp()
-        process = subprocess.Popen([sys.executable, *command, f"--out_dir={out}"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                   text=True, encoding="utf-8", env=os.environ | {"PYTHONUNBUFFERED": "1"})
-        found = next((time.perf_counter() - begun for line in process.stdout if (m := re.search(pattern, line)) and (not m.groups() or float(m[1]) < 1.898)), math.nan)
-        process.kill()
-        process.wait()
+        begun = time.perf_counter()
+        with tempfile.TemporaryDirectory() as out:
+            process = subprocess.Popen([sys.executable, *command, f"--out_dir={out}"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                       text=True, encoding="utf-8", env=os.environ | {"PYTHONUNBUFFERED": "1"})
+            for line in process.stdout:
+                if (m := re.search(pattern, line)) and (not m.groups() or float(m[1]) < 1.898):
+                    break
+            else:
+                raise InputError(f"{' '.join(command)} in {folder} never printed {pattern}: run it there to see why")
+            found = time.perf_counter() - begun
+            process.kill()
+            process.wait()
         return found
+    if not (HERE / "data/shakespeare/meta.json").exists():
+        train.prepare("shakespeare")
     train_py = ("train.py", "config/shakespeare.py")
     runs = {"to the first step": (r"step 1/", HERE, *train_py, "--eval_iters=1", "--log_interval=1"),
             "to a validation loss below 1.898": (r"validation loss ([\d.]+),", HERE, *train_py)}
@@ -400,7 +415,7 @@ def processes():
     threads = torch.get_num_threads()
     models = {"config/shakespeare.py": ["config/shakespeare.py", "--device=cpu", "--max_iters=300", "--log_interval=150"],
               "GPT-2 124M, 8 x 256 tokens": ["--block_size=256", "--vocab_size=50304", "--batch_size=8", "--micro_batch_size=2",
-                                             "--warmup_iters=0", "--dtype=float32", "--device=cpu", "--max_iters=2", "--log_interval=1"]}
+                                             "--warmup_iters=0", "--device=cpu", "--max_iters=2", "--log_interval=1"]}
     modes = {"alone": (1, []), "DDP": (2, []), "FSDP": (2, ["--fsdp"])}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("config", "train.py"):
@@ -413,8 +428,9 @@ def processes():
             speeds, held = {mode: [] for mode in modes}, {}
             for _ in range(3):
                 for mode, (n, more) in modes.items():
-                    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "held.py", *flags, *more,
-                               "--dataset=text", "--eval_interval=1000000", "--eval_iters=1", "--checkpoint_interval=1000000"]
+                    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
+                    command = [*torchrun, "held.py", *flags, *more, "--dataset=text", "--dtype=float32", "--eval_interval=1000000", "--eval_iters=1",
+                               "--checkpoint_interval=1000000"]
                     out = subprocess.run([sys.executable, *command], cwd=folder, env=env | {"OMP_NUM_THREADS": str(max(1, threads // n))},
                                          check=True, capture_output=True, text=True, encoding="utf-8").stdout
                     speeds[mode].append(float(re.findall(r"([\d,]+) tokens/s", out)[-1].replace(",", "")))
@@ -430,14 +446,14 @@ def processes():
 # The papers' claims, in miniature
 
 SMALL = ["config/shakespeare.py", "--device=cpu", "--n_layer=4", "--n_head=8", "--n_embd=128", "--block_size=128", "--batch_size=16",
-         "--micro_batch_size=16", "--max_iters=300", "--optimizer=muon", "--learning_rate=1.5e-2", "--warmup_iters=40", "--eval_interval=100",
+         "--micro_batch_size=16", "--max_iters=300", "--optimizer=muon", "--dropout=0", "--learning_rate=1.5e-2", "--warmup_iters=40", "--eval_interval=100",
          "--eval_iters=30", "--log_interval=50"]   # 480 sequences of 128 validate
 SEEDS = (1, 2, 3)
 KV = {f"kv{n}": ["--use_gqa", f"--n_kv_head={n}"] for n in (4, 2, 1)}
 WINDOWS = {f"W{w}": ["--use_swa", f"--window_size={w}"] for w in (8, 16, 32, 64)}
 DEPTH = {"growing": ["--use_swa", "--window_size=(8,24,40,56)"], "shrinking": ["--use_swa", "--window_size=(56,40,24,8)"]}
-ROPE, MODERN = ["--use_rope"], ["--use_rope", "--use_gqa", "--n_kv_head=2", "--use_swa", "--window_size=32"]
-TRAINED = {"gpt2": [], "rope": ROPE, **KV, **WINDOWS, **DEPTH, "rope+W32": ROPE + WINDOWS["W32"], "modern": MODERN}
+TRAINED = {"gpt2": [], "rope": ["--use_rope"], **KV, **WINDOWS, **DEPTH, "rope+W32": ["--use_rope", *WINDOWS["W32"]],
+           "modern": ["--use_rope", *KV["kv2"], *WINDOWS["W32"]]}
 BOTH = ("gpt2", "rope", "kv2", "kv1", "W32", "growing", "shrinking", "modern")   # on both texts; the rest on Shakespeare alone
 LENGTHS = (64, 128, 256, 512)   # evaluated on; trained on 128
 CONVERT = "mean", "first", "random"
@@ -468,14 +484,14 @@ def convert(source, target, how, n_kv_head):
 
 def train_and_look(job):
     """One run of train.py on one thread -> rows of the table: experiment, data, variant, seed, step, length, loss"""
-    folder, dataset, variant, seed = job
+    folder, dtype, dataset, variant, seed = job
     os.chdir(folder)
     torch.set_num_threads(1)
     out, rows = Path(f"{dataset}-{variant}-{seed}"), []
 
     def run(out, *flags):
         with open(os.devnull, "w") as quiet, redirect_stdout(quiet):
-            train.main([*SMALL, *flags, f"--dataset={dataset}", f"--seed={seed}", f"--out_dir={out}"])
+            train.main([*SMALL, *flags, f"--dtype={dtype}", f"--dataset={dataset}", f"--seed={seed}", f"--out_dir={out}"])
         with open(out / "metrics.csv") as f:
             table = list(csv.DictReader(f))
         speed.append(statistics.median(int(r["tokens_per_s"]) for r in table if r["tokens_per_s"]))
@@ -502,20 +518,22 @@ def train_and_look(job):
 
 
 def papers():
+    dtype = "bfloat16" if machine()[1] else "float32"   # tried once, for all
+    (HERE / "assets").mkdir(exist_ok=True)
+    (HERE / "data").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(torch.get_num_threads()) as pool:
-        for name in ("config", "data", "assets"):
-            (HERE / name).mkdir(exist_ok=True)
+        for name in ("config", "data"):
             os.symlink(HERE / name, Path(folder, name))
         for dataset in ("shakespeare", "stdlib"):
             if not Path("data", dataset, "meta.json").exists():
                 train.prepare(dataset)
-        jobs = [(folder, dataset, variant, seed) for dataset, names in (("shakespeare", TRAINED), ("stdlib", BOTH)) for variant in names for seed in SEEDS]
-        with open(HERE / "assets" / "papers.csv", "w") as f:
-            print("experiment,data,variant,seed,step,length,loss", file=f)
+        jobs = [(folder, dtype, dataset, variant, seed) for dataset, names in (("shakespeare", TRAINED), ("stdlib", BOTH)) for variant in names for seed in SEEDS]
+        with weights.replacing(HERE / "assets" / "papers.csv") as f:
+            f.write(b"experiment,data,variant,seed,step,length,loss\n")
             for i, rows in enumerate(pool.imap(train_and_look, jobs), 1):
                 for row in rows:
-                    print(*row[:-1], f"{row[-1]:.4f}", sep=",", file=f, flush=True)
-                print(f"{i} of {len(jobs)}: {' '.join(map(str, jobs[i - 1][1:]))} {rows[0][-1]:.4f} to {[r for r in rows if r[0] == 'train'][-1][-1]:.4f}", flush=True)
+                    f.write((",".join(map(str, row[:-1])) + f",{row[-1]:.4f}\n").encode())
+                print(f"{i} of {len(jobs)}: {' '.join(map(str, jobs[i - 1][2:]))} {rows[0][-1]:.4f} to {[r for r in rows if r[0] == 'train'][-1][-1]:.4f}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -625,25 +643,37 @@ def plots():
     line(width, "swa", {w: loss("train", name, step=300)[300] for w, name in ((8, "W8"), (16, "W16"), (32, "W32"), (64, "W64"), (128, "gpt2"))})
     logarithmic(width, (8, 16, 32, 64, 128))
     line(depth, "swa", {i: loss("train", name, step=300)[300] for i, name in enumerate(("shrinking", "W32", "growing"))})
-    depth.set_xticks(range(3), ["shrinking\\n56 40 24 8", "fixed\\n32", "growing\\n8 24 40 56"])
+    depth.set_xticks(range(3), ["shrinking\n56 40 24 8", "fixed\n32", "growing\n8 24 40 56"])
     save(fig, "windows")
 
 
-if __name__ == "__main__":
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = dict(papers=papers, attention=attention, decode=decode, endless=endless, processes=processes)
     parser.add_argument("what", nargs="*", help="a command, or config files; nothing = the variants")
     parser.add_argument("--nanogpt", metavar="FOLDER", help="a clone of nanoGPT to run beside: steps, start")
     parser.add_argument("--csv", action="store_true", help="write assets/variants.csv")
-    parser.add_argument("--plot", action="store_true", help="draw assets/*.png at the end")
-    args = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    parser.add_argument("--plot", action="store_true", help="the same, and draw assets/*.png anew")
+    args = parser.parse_args(argv)
+    nanogpt = args.nanogpt and Path(args.nanogpt).resolve()
+    os.chdir(HERE)
     what = args.what[0] if args.what else ""
+    if what in ("start", "decode", "endless", "papers", "processes"):   # of CPUs; config/shakespeare.py, too, must see none but these
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     if what in commands:
         commands[what]()
     elif what in ("steps", "start"):
-        dict(steps=steps, start=start)[what](args.nanogpt and Path(args.nanogpt).resolve())
-    elif what != "plots":
-        variants(args.what, args.csv)
-    if args.plot or what == "plots":
+        dict(steps=steps, start=start)[what](nanogpt)
+    elif what == "plots":
         plots()
+    elif what and not what.endswith(".py"):
+        raise InputError(f"{what} is neither a command nor a config file: {', '.join([*commands, 'steps', 'start', 'plots'])}")
+    else:
+        variants(args.what, args.csv or args.plot)
+        if args.plot:
+            plots()
+
+
+if __name__ == "__main__":
+    launch.run(main)

@@ -1,7 +1,7 @@
 """
 Train a GPT: one loop for one process, for copies of the model (DDP) and for a model cut over processes (FSDP).
 
-  python train.py config/shakespeare.py                        from scratch, in about a minute on a laptop
+  python train.py config/shakespeare.py                        from scratch, in half a minute on two cores
   python train.py config/shakespeare.py --init_from=resume     go on from the last checkpoint in out_dir
   python train.py config/shakespeare.py --init_from=resume --eval_only    the validation loss of that checkpoint
   python train.py config/shakespeare.py --learning_rate=1e-3   a flag wins over a file, a later file over an earlier one
@@ -259,6 +259,7 @@ def check_finite(step, name, value):
 def train(c, gpt_config, argv, store, rank, world):
     device, bf16, line = choose_device(c.device, c.dtype)
     print(line)
+    c.dtype = "bfloat16" if bf16 else "float32"   # what a resumed run is compared with
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")   # TF32 for what is still float32
@@ -280,8 +281,9 @@ def train(c, gpt_config, argv, store, rank, world):
     meta, model, checkpoint = in_turn(store, load)
     model.train()
     block_size = model.config.block_size
-    # for short sequences in bfloat16 on a CPU, torch 2.13's flash attention takes twice the time of plain products
-    torch.backends.cuda.enable_flash_sdp(not (bf16 and device.type == "cpu" and block_size < 256))   # not of CUDA alone
+    # for short sequences in bfloat16 on a CPU, torch 2.13's flash attention takes twice the time of plain products, or more
+    shortest = min(filter(None, (block_size, *model.config.windows)))
+    torch.backends.cuda.enable_flash_sdp(not (bf16 and device.type == "cpu" and shortest < 256))   # not of CUDA alone
     train_data = Data(folder, meta, "train", block_size, c.seed)
     val_data = Data(folder, meta, "val", block_size, c.seed)
     tokens_per_step = c.batch_size * block_size
@@ -397,6 +399,7 @@ def train(c, gpt_config, argv, store, rank, world):
         model.zero_grad(set_to_none=forward is model)   # DDP's gradients are views of its buckets: keep them
         step += 1
 
+    torch.backends.cuda.enable_flash_sdp(True)
     for s, handler in handlers.items():
         signal.signal(s, handler)
     if rank > 0:
