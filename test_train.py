@@ -787,6 +787,15 @@ def test_muon_moves_the_matrices_inside_the_blocks_and_adamw_the_rest():
     assert lengths.min() > 0.5 and lengths.max() < 1.5
 
 
+@pytest.mark.parametrize("name", ["shakespeare", "stdlib"])
+@pytest.mark.parametrize("speed, optimizer", [(0.02, "adamw"), (0.5, "muon"), (4.0, "muon")])
+def test_small_configs_take_muon_where_the_CPU_can_multiply_in_bf16(name, speed, optimizer, monkeypatch):
+    monkeypatch.setattr(launch, "bf16_speed", lambda: speed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    c, _ = load_config([str(HERE / f"config/{name}.py")])
+    assert c.optimizer == optimizer and c.learning_rate == (1.5e-2 if optimizer == "muon" else 3e-3)
+
+
 def test_learning_rate_reaches_both_optimizers():
     def weights(*flags):
         train.main([*TINY, "--optimizer=muon", "--warmup_iters=0", "--max_iters=1", "--min_lr=0", *flags])
