@@ -413,7 +413,7 @@ train.run(train.main)
 
 def processes():
     threads = torch.get_num_threads()
-    models = {"config/shakespeare.py": ["config/shakespeare.py", "--device=cpu", "--max_iters=300", "--log_interval=150"],
+    models = {"config/shakespeare.py": ["config/shakespeare.py", "--device=cpu", "--optimizer=adamw", "--learning_rate=3e-3", "--max_iters=200", "--log_interval=100"],
               "GPT-2 124M, 8 x 256 tokens": ["--block_size=256", "--vocab_size=50304", "--batch_size=8", "--micro_batch_size=2",
                                              "--warmup_iters=0", "--device=cpu", "--max_iters=2", "--log_interval=1"]}
     modes = {"alone": (1, []), "DDP": (2, []), "FSDP": (2, ["--fsdp"])}
