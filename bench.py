@@ -544,7 +544,10 @@ STYLE = dict(gpt2=("#222222", "o", "-"), rope=("#1f77b4", "s", "--"), gqa=("#ff7
 
 
 def plots():
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("plots need matplotlib: pip install -r requirements-dev.txt") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
