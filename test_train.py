@@ -800,8 +800,9 @@ def test_learning_rate_reaches_both_optimizers():
     def weights(*flags):
         train.main([*TINY, "--optimizer=muon", "--warmup_iters=0", "--max_iters=1", "--min_lr=0", *flags])
         return checkpoint()["model"]
-    start, moved = weights("--learning_rate=0"), weights("--learning_rate=1e-2")
-    assert not any(torch.equal(start[name], moved[name]) for name in ("wte.weight", "h.0.mlp.c_fc.weight"))
+    start, moved, ended = weights("--learning_rate=0"), weights("--learning_rate=1e-2"), weights("--learning_rate=1e-2", "--lr_decay_iters=0")
+    for name in ("wte.weight", "h.0.mlp.c_fc.weight"):
+        assert not torch.equal(start[name], moved[name]) and torch.equal(start[name], ended[name])   # min_lr = 0: nothing moves
 
 
 @pytest.mark.parametrize("first, then", [("adamw", "muon"), ("muon", "adamw")])
@@ -1314,6 +1315,14 @@ train.run(train.main)
 """, *TINY)
     finish(process)
     assert process.returncode == 0 and Path("prepared.txt").read_text() == "0" and checkpoint()["step"] == 12
+
+
+def test_report_to_torchrun_appears_whole(monkeypatch):
+    seen = []
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "error.json")
+    monkeypatch.setattr(os, "fsync", lambda fd: seen.append(Path("error.json").exists()))   # all is written, nothing shown yet
+    launch.report("what went wrong")
+    assert seen == [False] and json.loads(Path("error.json").read_text())["message"]["message"] == "what went wrong"
 
 
 def test_machines_that_see_different_checkpoints_are_told():
