@@ -407,7 +407,7 @@ held, clip, save = {}, torch.nn.utils.clip_grad_norm_, train.weights.save_checkp
 torch.nn.utils.clip_grad_norm_, train.weights.save_checkpoint = clip_and_note, save_and_note
 train.GPT.from_pretrained = lambda path: train.GPT(train.GPTConfig(8, 8, 1, 1, 8))   # nothing was saved; no sample at the end
 train.GPT.generate = lambda self, idx, *args, **options: idx
-train.run(train.main)
+train.launch.run(train.main)
 """
 
 

@@ -37,7 +37,8 @@ def settings(argv, doc, *classes):
     argv     config files, and --key=value, --key value or --flag, in any order; flags win over files, later over earlier
     doc      what --help prints above the list of all settings
     classes  dataclasses: what is not set keeps its default there
-    returns  an instance of each class; raises ValueError for an unknown name, a wrong type or a file that cannot be run
+    returns  an instance of each class, then the set of the names that were given; raises ValueError for an unknown name, a
+             wrong type or a file that cannot be run
     """
     kinds = {f.name: f.type for cls in classes for f in fields(cls)}
     from_files, from_flags, args = {}, {}, list(argv)
@@ -59,7 +60,7 @@ def settings(argv, doc, *classes):
             text = args.pop(0) if follows else "True"
         from_flags[key] = check(key, text if str in allowed_types(kinds.get(key)) else parse(text), kinds, "--")
     values = from_files | from_flags
-    return tuple(cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values}) for cls in classes)
+    return *(cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values}) for cls in classes), set(values)
 
 
 def run_config_file(path):
@@ -123,7 +124,7 @@ def print_help(doc, classes):
 # The device
 
 # bf16 matrix products a second by data sheet, dense. A device that is not listed gets no MFU rather than a wrong one.
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
+PEAK_FLOPS = {"B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
               "RTX 4090": 165e12, "RTX 3090": 71e12, "L4": 121e12}
 
 
@@ -153,7 +154,7 @@ def choose_device(device, dtype):
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"device={asked}: {str(e).splitlines()[0]}; --device=auto takes what is there") from None
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)   # a "cuda" without number it refuses
         faster = 2 if torch.cuda.is_bf16_supported(including_emulation=False) else 0
     else:   # macOS: float32, which works on every version
         faster = across(bf16_speed(), dist.ReduceOp.MIN) if device.type == "cpu" and dtype == "auto" else 0
@@ -186,7 +187,7 @@ def why_no_compiler(device):
 def peak_flops(name):
     """The entry whose words all stand in the device's name ("NVIDIA H100 80GB HBM3"), or None."""
     words = set(name.replace("-", " ").split())
-    return next((v for k, v in PEAK_FLOPS.items() if set(k.split()) <= words and "Laptop" not in words), None)
+    return next((v for k, v in PEAK_FLOPS.items() if set(k.split()) <= words and not words & {"Laptop", "Ti", "D"}), None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -286,7 +287,10 @@ def make_out_dir(out, keep):
 
 
 class Log:
-    """metrics.csv: one row per printed line, fields left empty where a line does not have them."""
+    """
+    metrics.csv: one row per printed line, fields left empty where a line does not have them. Losses in nats a token; tokens:
+    trained on so far; elapsed_s: seconds since the run began, interruptions not counted.
+    """
     FIELDS = ("step", "tokens", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "elapsed_s")
 
     def __init__(self, path, resume_step=None):

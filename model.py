@@ -17,7 +17,7 @@ Sources
 
 Dimension key, used everywhere
   B batch   T query tokens   S key tokens   C channels (n_embd)   V vocabulary   L layers
-  H query heads   K key/value heads (K = H unless use_gqa)   D head width (C = H*D)   W window
+  H query heads   K key/value heads (K = H unless use_gqa)   G = H/K   D head width (C = H*D)   W window   n blocks of W
 
 A window of W means: token i sees token j where 0 <= i - j < W, that is W tokens, itself included.
 """
@@ -46,7 +46,7 @@ class GPTConfig:
     bias: bool = True         # biases in linear layers and layer norms, as GPT-2 has them
     tied: bool = True         # one matrix as token embedding and head, as GPT-2 has it; larger StarCoder2 have two
     use_rope: bool = False    # rotary embeddings instead of wpe
-    rope_theta: float = 10000.0   # the slowest pair of channels turns once in about 2*pi*rope_theta tokens
+    rope_theta: float = 10000.0   # the slowest pair of channels turns once in at most 2*pi*rope_theta tokens
     use_gqa: bool = False     # n_kv_head key/value heads, each shared by n_head/n_kv_head query heads
     n_kv_head: int | None = None   # with use_gqa: 1 is multi-query, n_head is multi-head attention
     use_swa: bool = False     # each token sees itself and the window_size-1 tokens before it
@@ -59,18 +59,18 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise InputError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
                              f"each head takes n_embd/n_head channels")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout={self.dropout}: must be at least 0 and less than 1")
+        if not (isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1):
+            raise InputError(f"dropout={self.dropout!r}: must be a number, at least 0 and less than 1")
         if self.use_rope and (self.n_embd // self.n_head) % 2:
             raise InputError(f"use_rope with n_embd={self.n_embd}, n_head={self.n_head}: a head of {self.n_embd // self.n_head} "
                              f"channels is odd, and RoPE turns pairs; change n_embd or n_head")
-        if self.rope_theta != GPTConfig.rope_theta and not self.use_rope or not self.rope_theta > 0:
-            raise InputError(f"rope_theta={self.rope_theta}: must be positive, and needs use_rope=True")
+        if not self.rope_theta > 0 or (self.rope_theta != GPTConfig.rope_theta and not self.use_rope):
+            raise InputError(f"rope_theta={self.rope_theta}: must be positive, and another than the default needs use_rope=True")
         if self.use_gqa != (self.n_kv_head is not None):
             raise InputError(f"use_gqa={self.use_gqa} with n_kv_head={self.n_kv_head}: set both or neither")
         if self.use_gqa and (not isinstance(self.n_kv_head, int) or self.n_kv_head < 1 or self.n_head % self.n_kv_head):
-            raise InputError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}: "
-                             f"each key/value head serves n_head/n_kv_head query heads")
+            raise InputError(f"n_head={self.n_head} with n_kv_head={self.n_kv_head}: n_kv_head must be a whole number that divides "
+                             f"n_head, for each key/value head serves n_head/n_kv_head query heads")
         if self.use_swa != (self.window_size is not None):
             raise InputError(f"use_swa={self.use_swa} with window_size={self.window_size}: set both or neither")
         if isinstance(self.window_size, list):
@@ -95,7 +95,7 @@ def rotate(x, pos, theta):
     Channel d is paired with channel d + D/2, as in the released models (the paper pairs neighbours: the same up to a
     permutation of channels). Pair d turns by pos * theta^(-2d/D). A product of a turned query and a turned key depends on
     the difference of the angles alone, so on how far apart the tokens are (RoFormer, equations 11 to 16). In float32:
-    bfloat16 cannot tell position 257 from 256.
+    bfloat16 cannot tell position 257 from 256. Angles are made anew in each layer: no table to move, cast or outgrow.
     """
     D = x.shape[-1]
     frequency = theta ** (torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / -D)   # (D/2,)
@@ -106,8 +106,8 @@ def rotate(x, pos, theta):
 
 
 def visible(query_pos, key_pos, window):
-    """Who sees whom, the one rule: (T,), (S,) positions -> (T,S) bool. window 0 = no limit"""
-    distance = query_pos[:, None] - key_pos
+    """Who sees whom: positions (T,), (S,) -> (T,S) bool; window 0 = no limit. Where no mask is made, this is why none is needed."""
+    distance = query_pos[:, None] - key_pos                                        # (T,S)
     return (distance >= 0) & (distance < (window or torch.inf)) & (key_pos >= 0)   # -1 marks an empty slot of the cache
 
 
@@ -121,19 +121,20 @@ def attend(q, k, v, mask=None, dropout=0.0):
          |  |  |  |               \/    \/                \  \/  /
       kv 0  1  2  3           kv   0     1            kv      0
     """
-    group, T = q.shape[1] // k.shape[1], q.shape[2]
-    if T == 1 and mask is None:   # decoding: the heads of a group become the queries of one head, and no key is copied
-        q_BKGD = q.reshape(q.shape[0], k.shape[1], group, -1)
+    G, T = q.shape[1] // k.shape[1], q.shape[2]
+    if T == 1 and mask is None:   # one query, as in decoding: the heads of a group become the queries of one head, no key is copied
+        q_BKGD = q.reshape(q.shape[0], k.shape[1], G, -1)
         return F.scaled_dot_product_attention(q_BKGD, k, v, dropout_p=dropout).reshape(q.shape)
-    if group > 1:
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    if G > 1:
+        k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)   # (B,H,S,D)
+    # is_causal lines query 0 up with key 0: right only where T = S, and nobody asks for it elsewhere
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
 
 
 def attend_in_blocks(q, k, v, window, dropout=0.0):
     """
-    Sliding-window attention of whole sequences in O(T*W) time and memory, for T > W: cut the sequence into blocks of W.
-    What a block sees lies in itself and the block before it, and nowhere else (Longformer, section 3.2: "chunks").
+    Sliding-window attention of whole sequences, T > W, in O(T*W) time and memory: q (B,H,T,D), k and v (B,K,T,D) -> (B,H,T,D).
+    Cut into blocks of W: what a block sees lies in itself and the block before it (Longformer, section 3.2: "chunks").
     """
     B, T = q.shape[0], q.shape[2]
     first = attend(q[:, :, :window], k[:, :, :window], v[:, :, :window], dropout=dropout)   # has no block before it
@@ -141,10 +142,10 @@ def attend_in_blocks(q, k, v, window, dropout=0.0):
         q, k, v = (F.pad(t, (0, 0, 0, -T % window)) for t in (q, k, v))
     q = q[:, :, window:].unflatten(2, (-1, window))                                         # (B,H,n,W,D)
     k, v = (t.unfold(2, 2 * window, window).mT for t in (k, v))   # (B,K,n,D,2W) -> (B,K,n,2W,D): views, they overlap by W
-    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))                          # (B*n,H,W,D): blocks as a batch
-    pos = torch.arange(2 * window, device=q.device)
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))   # (B*n,H,W,D), (B*n,K,2W,D): every block an entry of the batch
+    pos = torch.arange(2 * window, device=q.device)                  # within the two blocks: only distances matter
     rest = attend(q, k, v, visible(pos[window:], pos, window), dropout)
-    rest = rest.transpose(1, 2).unflatten(0, (B, -1)).flatten(1, 2)                         # (B,n*W,H,D), as it lies in memory
+    rest = rest.transpose(1, 2).unflatten(0, (B, -1)).flatten(1, 2)                         # (B,n*W,H,D)
     return torch.cat((first.transpose(1, 2), rest), dim=1)[:, :T].transpose(1, 2)
 
 
@@ -158,13 +159,14 @@ class LayerCache:
     """
 
     def __init__(self, window):
-        self.window, self.length, self.pos = window, 0, None   # length: tokens taken in so far
+        self.window, self.length = window, 0   # length: tokens taken in so far
+        self.k = self.v = self.pos = None
 
     def update(self, k, v, pos):
-        """Take in k, v (B,K,T,D) of the tokens at pos (T,) -> the k, v, pos of all that one of these tokens may look at."""
-        k, v, T = k.detach(), v.detach(), len(pos)   # nothing is learned through the cache
+        """Take in k, v (B,K,T,D) of the tokens at pos (T,) -> k, v (B,K,S,D), pos (S,): all that any of these may see, or more."""
+        k, v, T = k.detach(), v.detach(), len(pos)   # for inference: or the graph of every call would stay in memory
         if self.pos is None:                         # the first call: now dtype and device are known
-            slots = self.window or 64
+            slots = self.window or 64                # without a window a first guess, doubled below
             self.k, self.v = (torch.zeros(*t.shape[:2], slots, t.shape[3], device=t.device, dtype=t.dtype) for t in (k, v))
             self.pos = torch.full((slots,), -1, device=k.device)
         self.length += T
@@ -177,7 +179,7 @@ class LayerCache:
             self.write(k[:, :, -slots:], v[:, :, -slots:], pos[-slots:])
             return seen
         self.write(k, v, pos)
-        n = min(self.length, slots)         # so many slots are filled
+        n = min(self.length, slots)         # slots filled so far
         return self.k[:, :, :n], self.v[:, :, :n], self.pos[:n]
 
     def write(self, k, v, pos):
@@ -199,7 +201,7 @@ class KVCache:
     @property
     def length(self):
         """Number of tokens taken in, which is the position of the next one."""
-        return self.layers[-1].length
+        return self.layers[-1].length   # the last layer is the last to take them in: until then a forward pass finds the old length
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -217,7 +219,7 @@ class Attention(nn.Module):
 
     def forward(self, x, pos, cache=None):
         B, T, C = x.shape
-        heads = self.c_attn(x).view(B, T, -1, self.D).transpose(1, 2)            # (B,H+2K,T,D)
+        heads = self.c_attn(x).view(B, T, self.H + 2 * self.K, self.D).transpose(1, 2)   # (B,H+2K,T,D)
         qk, v_BKTD = heads.split((self.H + self.K, self.K), dim=1)
         if self.theta is not None:
             qk = rotate(qk, pos, self.theta)                                     # before the cache: a key is turned once
@@ -225,7 +227,7 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if cache is not None and cache.length > 0:
             k_BKSD, v_BKSD, key_pos = cache.update(k_BKTD, v_BKTD, pos)
-            mask = visible(pos, key_pos, self.window) if T > 1 else None         # None: one token sees all that was kept
+            mask = visible(pos, key_pos, self.window) if T > 1 else None         # None: one token sees all that the cache kept
             y_BHTD = attend(q_BHTD, k_BKSD, v_BKSD, mask, dropout)
         else:
             blocks = 0 < self.window < T
@@ -267,9 +269,34 @@ class Block(nn.Module):
         return x
 
 
+def check_sampling(temperature, top_k, top_p):
+    if not temperature >= 0:
+        raise InputError(f"temperature={temperature}: must be 0 (greedy) or more")
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top_k={top_k}: must be at least 1, or None to keep every token")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"top_p={top_p}: must be greater than 0 and at most 1")
+
+
+def sample(logits, temperature, top_k, top_p):
+    """One token for each row: (B,V) -> (B,1)"""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature   # the largest is 0, so nothing overflows
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p is not None and top_p < 1:      # a float32 sum of all p may pass 1 too early
+        p, order = logits.softmax(-1).sort(descending=True)
+        beyond = p.cumsum(-1) - p >= top_p   # what comes before it already reaches top_p
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)   # from sorted order back to ids
+    return torch.multinomial(logits.softmax(-1), num_samples=1)
+
+
 class GPT(nn.Module):
     """A decoder-only transformer. Parameters carry the names of the released checkpoint, so loading one is a loop."""
-    tokenizer = None   # what the ids mean, for prepare_data.Tokenizer; from_pretrained sets it where the files tell
+    tokenizer = None   # a dict that prepare_data.Tokenizer takes; from_pretrained sets it where the files tell what ids mean
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -295,8 +322,8 @@ class GPT(nn.Module):
         """
         idx      (B,T) int64 token ids; without RoPE at most block_size of them, the cache's tokens counted in
         targets  (B,T) int64, the token that follows each one; -1 = do not count this position
-        cache    from new_cache(B): idx continues what the cache has seen, and is added to it
-        returns  logits (B,T,V), loss: mean cross-entropy in nats a token, None without targets
+        cache    from new_cache(B), for inference (no gradient reaches its keys): idx continues what it has seen, and is added
+        returns  logits (B,T,V), loss: mean cross-entropy in nats a token, None without targets, NaN if all of them are -1
         raises   ValueError for more tokens than there are learned positions, or a cache of another batch size or model
         """
         logits = self.lm_head(self.hidden(idx, cache))
@@ -309,8 +336,7 @@ class GPT(nn.Module):
         """The normalised residual stream that the head reads: (B,T) -> (B,T,C)"""
         B, T = idx.shape
         if cache is not None and (cache.batch_size != B or cache.config != self.config):
-            raise InputError(f"the cache was made for batch size {cache.batch_size} and {cache.config}, this is batch size {B} "
-                             f"and {self.config}: take model.new_cache({B})")
+            raise InputError(f"the cache is of another model or batch size ({cache.batch_size}, here {B}): take model.new_cache({B})")
         start = cache.length if cache is not None else 0
         if not self.config.use_rope and start + T > self.config.block_size:
             raise InputError(f"{start + T} tokens are more than block_size={self.config.block_size}, and every learned position "
@@ -339,34 +365,34 @@ class GPT(nn.Module):
         where S keys are computed for a query: T, or in blocks W for the first block and 2W for the others.
         """
         c = self.config
-        weights = sum(p.numel() for name, p in self.named_parameters() if p.dim() == 2 and name != "wpe.weight")
-        weights += 0 if c.tied else -self.wte.weight.numel()   # embeddings are looked up, not multiplied
+        lookups = {"wpe.weight"} if c.tied else {"wpe.weight", "wte.weight"}   # read, not multiplied; a tied wte is also the head
+        multiplied = sum(p.numel() for name, p in self.named_parameters() if p.dim() == 2 and name not in lookups)
         keys = sum((2 * math.ceil(T / W) - 1) * W * W / T if 0 < W < T else T for W in c.windows)
-        return 6 * weights + 3 * 4 * keys * c.n_embd
+        return 6 * multiplied + 3 * 4 * keys * c.n_embd
 
     # ------------------------------------------------------------------------------------------------------------------
     # Generation
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_token=None, vocab_size=None):
-        """Like generate, but an iterator: yields each new column (B,1) as soon as it is sampled."""
+        """Like generate, but an iterator: yields each new column (B,1) as soon as it is sampled; errors come with the first."""
         if idx.shape[1] == 0:
             raise InputError("empty prompt: give at least one token")
         check_sampling(temperature, top_k, top_p)
         endless = self.config.use_rope and all(self.config.windows)   # nothing in it knows how long the text has become
-        size, cache, new = self.config.block_size, self.new_cache(len(idx)), idx
+        block_size, cache, unread = self.config.block_size, self.new_cache(len(idx)), idx   # unread: what the cache has not seen
         done = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
-            if not endless and cache.length + new.shape[1] > size:    # no position is left: read the last ones anew
+            if not endless and cache.length + unread.shape[1] > block_size:   # no position is left: read the last ones anew
                 cache.reset()
-                new = idx[:, -size:]
-            logits = self.lm_head(self.hidden(new, cache)[:, -1])     # the head is costly: only where it is needed
-            new = sample(logits[:, :vocab_size], temperature, top_k, top_p)
+                unread = idx[:, -block_size:]
+            logits = self.lm_head(self.hidden(unread, cache)[:, -1])          # (B,V): the head is costly, so the last token alone
+            token = sample(logits[:, :vocab_size], temperature, top_k, top_p)
             if stop_token is not None:
-                new[done] = stop_token      # a row that has ended stays ended
-                done |= new == stop_token
-            yield new
-            idx = torch.cat((idx, new), dim=1)[:, -size:]
+                token[done] = stop_token      # a row that has ended stays ended
+                done |= token == stop_token
+            yield token
+            idx, unread = torch.cat((idx, token), dim=1)[:, -block_size:], token
             if done.all():
                 return
 
@@ -376,13 +402,13 @@ class GPT(nn.Module):
 
         temperature  logits are divided by it; 0 takes the likeliest token (greedy)
         top_k        keep only the k likeliest tokens
-        top_p        keep only the likeliest tokens that together reach probability p (Holtzman et al. 2020, section 3.1)
+        top_p        keep only the likeliest tokens that together reach probability p (Holtzman et al. 2020, section 3.1); 1 = all
         stop_token   end a row at this id, fill it up with the same, and return once every row has ended
         vocab_size   never sample an id at or past this: for a vocabulary padded beyond its tokenizer
         returns      (B, T + new), new at most max_new_tokens. With RoPE and a window in every layer, memory and time a
                      token stay constant (to about a million tokens, where float32 angles grow coarse). Otherwise, past
-                     block_size, the last block_size tokens are read anew for each token: GPT-2 has no further positions,
-                     and no model was trained on more
+                     block_size, also of the prompt, the last block_size tokens are read anew for each token: GPT-2 has no
+                     further positions, and no model was trained on more
         raises       ValueError for an empty prompt, temperature < 0, top_k < 1 or top_p outside (0, 1]
         """
         new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop_token, vocab_size)
@@ -403,9 +429,11 @@ class GPT(nn.Module):
                         use_swa and window_size, which keep every weight; use_gqa and n_kv_head, which make each
                         key/value head the mean of those it replaces (GQA, section 2.1); use_rope, which drops wpe.
                         The last three give a start for training, not a trained model.
-        raises          ValueError that names the file and what is wrong with it
+        raises          ValueError that names the field or the file, and what is wrong with it
         """
         import weights   # here, so that model.py runs by itself
+        if unknown := overrides.keys() - vars(GPTConfig()):
+            raise InputError(f"{', '.join(unknown)}: no field of GPTConfig")
         config, tensors, tokenizer, path = weights.load(name_or_folder)
         model = cls(replace(config, **overrides))
         model.tokenizer = tokenizer
@@ -415,32 +443,8 @@ class GPT(nn.Module):
     def save_pretrained(self, folder):
         """
         Write config.json and model.safetensors, in float32, as transformers reads them: a gpt2 folder with no switch on, a
-        starcoder2 folder with RoPE and, if any, one window for all layers. Raises ValueError for what neither can be.
+        starcoder2 folder with RoPE and, if any, one window for all layers; absent biases as zeros, and no tokenizer. Raises
+        ValueError for what neither can be.
         """
         import weights
         weights.save(self, folder)
-
-
-def check_sampling(temperature, top_k, top_p):
-    if not temperature >= 0:
-        raise InputError(f"temperature={temperature}: must be 0 (greedy) or more")
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k={top_k}: must be at least 1, or None to keep every token")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"top_p={top_p}: must be greater than 0 and at most 1")
-
-
-def sample(logits, temperature, top_k, top_p):
-    """One token for each row: (B,V) -> (B,1)"""
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature   # the largest is 0, so nothing overflows
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None:
-        p, order = logits.softmax(-1).sort(descending=True)
-        beyond = p.cumsum(-1) - p >= top_p   # what comes before it already reaches top_p
-        logits = logits.masked_fill(beyond.gather(-1, order.argsort(-1)), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), num_samples=1)

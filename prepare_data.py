@@ -416,10 +416,10 @@ class Data:
         return ids
 
     def windows(self, indices, shifts=None):
-        """x, y: (len(indices), block_size) int64; y is x one token later"""
+        """x, y: (len(indices), block_size) int64; y is x one token later. Apart and contiguous: only so can pinned copies overlap"""
         ids = np.stack([self.window(i, s) for i, s in zip(indices, shifts or [0.0] * len(indices))])
         ids = torch.from_numpy(ids.astype(np.int64))
-        return ids[:, :-1], ids[:, 1:]
+        return ids[:, :-1].clone(), ids[:, 1:].clone()
 
     def batch(self, samples):
         """

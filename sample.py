@@ -23,10 +23,9 @@ from prepare_data import Tokenizer
 
 def load(init_from, out_dir):
     """-> model in eval mode, its tokenizer"""
-    path = init_from or next((p for p in (Path(out_dir) / "best.pt", Path(out_dir) / "ckpt.pt") if p.exists()), None)
-    if path is None:
+    if not init_from and not any((Path(out_dir) / name).exists() for name in ("best.pt", "ckpt.pt")):
         raise InputError(f"{out_dir} holds no best.pt or ckpt.pt: train one with train.py, or try --init_from=gpt2")
-    model = GPT.from_pretrained(path)
+    model = GPT.from_pretrained(init_from or out_dir)
     if model.tokenizer is None:
         raise InputError(f"{init_from} does not tell what its {model.config.vocab_size} token ids mean: a folder of weights has no tokenizer; "
                          f"for a run of train.py use --out_dir")
@@ -53,8 +52,8 @@ def read_prompt(args, tokenizer):
 def compile_products(model):
     """
     Make decoding with batch size 1 faster on a CPU. A new token takes each weight once, so its time is that of reading all
-    weights. Torch's own products of a matrix and one vector read at a third to all of the speed of memory, which depends on
-    machine and dtype; written as product and sum and compiled they are one loop over the weights, which reads at all of it.
+    weights. Torch's own products of a matrix and one vector run at between a third and all of the memory bandwidth, which
+    depends on machine and dtype; written as product and sum, and compiled, they are one loop over the weights at all of it.
     """
     multiply = torch.compile(lambda weight, x: (weight * x).sum(-1), dynamic=True)   # one compilation for all shapes
 
@@ -73,17 +72,18 @@ def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="python sample.py [--out_dir=DIR | --init_from=NAME] [--prompt=TEXT] ... (--help for all)")
     parser.add_argument("--out_dir", default="out", help="folder of a run of train.py (default: out)")
-    parser.add_argument("--init_from", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a Hugging Face folder of a GPT-2")
+    parser.add_argument("--init_from", help="instead: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face folder, or a checkpoint")
     parser.add_argument("--prompt", help="text to continue (default: begin a new one)")
     parser.add_argument("--prompt_file", help="a file with the text to continue, UTF-8")
-    parser.add_argument("--num_samples", type=int, default=1)
+    parser.add_argument("--num_samples", type=int, default=1, help="texts, one after the other (default: 1)")
     parser.add_argument("--max_new_tokens", type=int, default=500, help="a sample (default: 500)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest token (default: 0.8)")
-    parser.add_argument("--top_k", type=int, default=200, help="sample from the k likeliest tokens (default: 200)")
+    parser.add_argument("--top_k", type=lambda s: None if s.lower() == "none" else int(s), default=200,
+                        help="sample from the k likeliest tokens; none = from all (default: 200)")
     parser.add_argument("--top_p", type=float, help="sample from the likeliest tokens that reach this probability together")
-    parser.add_argument("--seed", type=int, default=1337)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "auto"))
+    parser.add_argument("--seed", type=int, default=1337, help="another seed, another text (default: 1337)")
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "auto"), help="of the weights; auto = what is fast here (default: float32)")
     parser.add_argument("--compile", action="store_true", help="faster on a CPU, for texts worth a few seconds of compilation")
     args = parser.parse_args(argv)
     check_sampling(args.temperature, args.top_k, args.top_p)
@@ -116,8 +116,8 @@ def main(argv):
         stop = tokenizer.start if tokenizer.spec["kind"] == "gpt2" else None   # <|endoftext|>: the document is complete
         for token in model.stream(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, stop, tokenizer.vocab_size):
             made += 1
-            if token.item() != stop:
-                print(decoder.decode(tokenizer.token_bytes(token.item())), end="", flush=True)
+            if (number := token.item()) != stop:
+                print(decoder.decode(tokenizer.token_bytes(number)), end="", flush=True)
         print(decoder.decode(b"", final=True), flush=True)
     seconds = time.perf_counter() - start
     print(f"{made} tokens in {seconds:.1f} s: {made / seconds:.1f} tokens/s", file=sys.stderr)

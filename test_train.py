@@ -514,6 +514,7 @@ def test_released_weights_come_from_HF_ENDPOINT_once(server, monkeypatch):
         Server.files[f"/openai-community/gpt2/resolve/main/{file}"] = Path("made", file).read_bytes()
     monkeypatch.setenv("HF_ENDPOINT", f"{server}/")
     monkeypatch.setenv("HF_TOKEN", "secret")
+    Path("gpt2").mkdir()   # an empty folder is in nobody's way
     GPT.from_pretrained("gpt2")
     assert len(Server.asked) == 2 and Server.asked[0][2] == "Bearer secret"
     assert GPT.from_pretrained("gpt2").config.n_embd == 16 and len(Server.asked) == 2
@@ -537,7 +538,7 @@ def test_every_token_is_seen_once_an_epoch():
     data = numbered()
     for epoch in range(3):
         x, y = data.batch(range(epoch * data.n, (epoch + 1) * data.n))
-        assert torch.equal(y, (x + 1) % 1000)
+        assert torch.equal(y, (x + 1) % 1000) and x.is_contiguous() and y.is_contiguous()   # as a pinned copy must be
         assert len(set(x.flatten().tolist())) == x.numel() == data.n * 8 > 1000 - 2 * 8
 
 
@@ -695,6 +696,20 @@ def test_dtype_is_what_is_fast_on_this_machine(monkeypatch, speed, name):
     assert bf16 == (speed > 1) and line.endswith(name) and launch.choose_device("cpu", "bfloat16")[1]
 
 
+def test_one_GPU_is_chosen_by_its_number(monkeypatch):
+    """A machine without a GPU, made to look like one that has some: torch.cuda.set_device takes a number, "cuda" has none."""
+    chosen, empty = [], torch.empty
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "empty", lambda n, device: empty(n))
+    for asked, name in (("auto", "cuda"), ("cuda", "cuda"), ("cuda:1", "cuda:1")):
+        device, bf16, line = launch.choose_device(asked, "auto")
+        assert device == torch.device(name) and bf16 and "NVIDIA H200" in line or asked != "auto"
+    assert chosen == [0, 0, 1]
+
+
 def test_bf16_trains_too(capsys):
     train.main([*TINY, "--dtype=bfloat16", "--max_iters=6"])
     assert float(rows()[-1]["val_loss"]) < float(rows()[0]["val_loss"])
@@ -849,6 +864,7 @@ def test_metrics_that_are_not_ours_are_kept_aside():
 def test_peak_is_of_the_device_or_unknown():
     names = {"NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA L4": 121e12, "NVIDIA L40S": None,
              "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA GH200 480GB": None, "Tesla T4": None}
+    names |= {"NVIDIA H200 NVL": 835e12, "NVIDIA GeForce RTX 4090 D": None, "NVIDIA GeForce RTX 3090 Ti": None}
     assert {name: launch.peak_flops(name) for name in names} == names
 
 
@@ -929,6 +945,15 @@ def test_run_from_weights_of_another_shape_resumes_with_the_same_flags():
     for more in ("--max_iters=8", "--max_iters=10"):
         train.main([*flags, "--init_from=resume", more])
     assert checkpoint()["step"] == 10 and checkpoint()["gpt_config"]["n_embd"] == 8
+
+
+def test_what_is_given_counts_even_where_it_is_the_default():
+    GPT(GPTConfig(2048, 17, 1, 1, 8, use_rope=True)).save_pretrained("weights")
+    flags = [f for f in TINY if not f.startswith(("--n_", "--block_size"))]
+    fails(train, *flags, "--init_from=weights", "--use_rope=False", match="use_rope=False: weights was trained with RoPE")
+    fails(train, *flags, "--init_from=weights", f"--block_size={GPTConfig.block_size}", match="block_size=1024 needs 1025")
+    train.main([*TINY, f"--vocab_size={GPTConfig.vocab_size}", "--max_iters=0"])
+    assert checkpoint("out/best.pt")["gpt_config"]["vocab_size"] == GPTConfig.vocab_size
 
 
 def test_export_into_the_folder_of_a_run_does_not_hide_the_run(capsys):
@@ -1066,13 +1091,13 @@ def save_and_note(path, model, optimizers, *rest):
     save(path, model, optimizers, *rest)
 
 torch.nn.utils.clip_grad_norm_, train.weights.save_checkpoint = clip_and_note, save_and_note
-store, rank, world = train.join()
+store, rank, world = train.launch.join()
 for i, argv in enumerate(json.loads(sys.argv[1])):
     if argv[0] == "copy":
         if rank == 0:
             shutil.copytree(*argv[1:])
     else:
-        train.train(*train.load_config(argv), argv, torch.distributed.PrefixStore(str(i), store), rank, world)
+        train.train(*train.launch.settings(argv, "", train.TrainConfig, train.GPTConfig), argv, torch.distributed.PrefixStore(str(i), store), rank, world)
     train.across(0)
 os._exit(0)
 """
@@ -1260,8 +1285,10 @@ def test_fsdp_without_torchrun_names_the_right_command():
 
 @pytest.mark.parametrize("argv, match", [(["--batch_size=5"], "error: batch_size=5 cannot be shared by 2 process.es. in parts of 2 sequences"),
                                          (["--n_laye=5"], "error: --n_laye is not a setting, did you mean n_layer"),
-                                         (["--dataset=nothing"], "error: unknown dataset 'nothing'")])
+                                         (["--dataset=nothing"], "error: unknown dataset 'nothing'"),
+                                         (["own.py"], "error: not all processes read the same settings")])
 def test_what_all_processes_stumble_over_is_said_once(argv, match):
+    Path("own.py").write_text("import os\nweight_decay = 0.1 * int(os.environ['RANK'])")
     fails_at_once(torchrun(HERE / "train.py", *TINY, *argv), match)
 
 
@@ -1277,7 +1304,7 @@ def bad(self, idx, targets=None):
         {fault}
     return logits, loss
 GPT.forward = bad
-train.run(train.main)
+train.launch.run(train.main)
 """
 
 
@@ -1311,7 +1338,7 @@ def prepare(name, shards):
     time.sleep(1)
     prepare_text(Path("data/tiny"), ["text.txt"], "char")
 train.prepare = prepare
-train.run(train.main)
+train.launch.run(train.main)
 """, *TINY)
     finish(process)
     assert process.returncode == 0 and Path("prepared.txt").read_text() == "0" and checkpoint()["step"] == 12
@@ -1332,7 +1359,7 @@ def test_machines_that_see_different_checkpoints_are_told():
 import os, sys, train
 if os.environ["RANK"] == "1":
     sys.argv.append("--out_dir=other")
-train.run(train.main)
+train.launch.run(train.main)
 """, *TINY, "--init_from=auto")
     fails_at_once(process, "error: out is at step 6 here and further elsewhere: it must be one folder that all machines share")
 
@@ -1355,7 +1382,7 @@ def note(*args):
         f.write(str(len(sent)))
     return across(*args)
 train.across = note
-train.run(train.main)
+train.launch.run(train.main)
 """, *TINY, "--micro_batch_size=1")
     finish(process)
     assert Path("sent-0").read_text() == Path("sent-1").read_text() == "13"   # 12 steps of 2 parts each, and the pass on zeros before
@@ -1388,7 +1415,7 @@ def note(status):
         f.write(str(status))
     leave(status)
 os._exit = note
-train.run(train.main)
+train.launch.run(train.main)
 """, *TINY, *flags, "--max_iters=1000000", "--eval_interval=1000000")
     read_until(process, "step 30/")
     process.send_signal(signal.SIGTERM)
@@ -1456,7 +1483,7 @@ def note(status):
         f.write(str(torch._dynamo.utils.counters["stats"]["unique_graphs"]))
     leave(status)
 os._exit = note
-train.run(train.main)
+train.launch.run(train.main)
 """
     shape = [*LONGER, f"--n_embd={n_embd}", "--max_iters=10", "--learning_rate=3e-4"]
     flags = [*shape, *recompute, *(["--fsdp"] if mode == "fsdp" else [])]

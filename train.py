@@ -26,6 +26,7 @@ import shlex
 import signal
 import sys
 import time
+import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -33,10 +34,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint as recompute   # a checkpoint is a file here
 
+import launch
 import weights
-from launch import Log, across, choose_device, clock, first_to_fail, in_turn, join, make_out_dir, peak_flops, run, settings, sparkline, why_no_compiler
+from launch import across, clock
 from model import GPT, GPTConfig, InputError
 from prepare_data import FINEWEB_SHARDS, SHARD_TOKENS, Data, Tokenizer, load_meta, prepare
 
@@ -56,9 +58,9 @@ class TrainConfig:
     lr_decay_iters: int | None = None   # step at which the cosine ends; None = max_iters
     optimizer: str = "adamw"            # adamw, or muon: Muon for the matrices inside the blocks, AdamW for the rest
     weight_decay: float = 0.1           # on matrices only
-    beta1: float = 0.9                  # how slowly the mean of the gradients forgets
-    beta2: float = 0.95                 # AdamW: how slowly the mean of their squares forgets
-    grad_clip: float = 1.0              # longest gradient, as a norm over all parameters; 0 = no limit
+    beta1: float = 0.9                  # decay of the running mean of gradients; with muon also its momentum
+    beta2: float = 0.95                 # AdamW: decay of the running mean of squared gradients
+    grad_clip: float = 1.0              # gradients are scaled down to at most this norm over all parameters; 0 = as they are
     eval_interval: int = 250            # steps between evaluations, each followed by a checkpoint
     eval_iters: int = 20                # validation batches (of batch_size) in an evaluation; the whole split if it has fewer
     eval_only: bool = False             # evaluate once and stop
@@ -93,7 +95,7 @@ class TrainConfig:
 
 def load_config(argv):
     """Config files and flags -> TrainConfig, GPTConfig; see launch.settings"""
-    return settings(argv, __doc__, TrainConfig, GPTConfig)
+    return launch.settings(argv, __doc__, TrainConfig, GPTConfig)[:2]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -106,7 +108,7 @@ def wrap(model, c, micro, bf16, autocast, device):
         for block in blocks:
             block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
     if c.compile or c.compile is None and device.type == "cuda":
-        lacks = why_no_compiler(device)
+        lacks = launch.why_no_compiler(device)
         if across(lacks is not None):
             print(f"torch.compile failed, going on without it: {lacks or 'on another machine'}")
         else:
@@ -128,17 +130,18 @@ def wrap(model, c, micro, bf16, autocast, device):
         return model
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if not c.eval_only:
-        # DDP sums gradients in buckets, and regroups them after its first backward pass in the order the gradients came: another
-        # order, another rounding. Spend that pass now, on zeros, so that a resumed run equals an uninterrupted one bit for bit.
+        # DDP sums gradients in buckets, and after its first backward pass it groups them anew, which changes the rounding: spend
+        # that pass now, on zeros, so that a resumed run equals an uninterrupted one bit for bit.
         idx = torch.zeros(micro, model.config.block_size, dtype=torch.int64, device=device)
         with autocast:
-            ddp(idx, idx)[1].backward()
+            loss = ddp(idx, idx)[1]
+        loss.backward()
         ddp.zero_grad(set_to_none=False)
     return ddp
 
 
 def lr_at(step, c):
-    """Linear warm-up to learning_rate, half a cosine down to min_lr at lr_decay_iters, then min_lr."""
+    """The learning rate after step steps: linear warm-up, half a cosine down to min_lr at lr_decay_iters, then min_lr."""
     end = c.max_iters if c.lr_decay_iters is None else c.lr_decay_iters
     lowest = c.learning_rate / 10 if c.min_lr is None else c.min_lr
     if step < c.warmup_iters:
@@ -152,42 +155,41 @@ def lr_at(step, c):
 def make_optimizers(model, c, device):
     """
     AdamW alone, or with Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon), which makes the mean gradient of a matrix
-    orthogonal: a step of one length in every direction, here of the size of AdamW's. Decay pulls matrices and embeddings
-    towards zero; biases and layer norms have no reason to be small.
+    (q, k and v count as one) orthogonal: a step of one length in every direction, by match_rms_adamw of the size of AdamW's.
+    Decay pulls matrices and embeddings towards zero; biases and layer norms have no reason to be small.
     """
-    inner = [p for p in model.h.parameters() if p.dim() == 2 and c.optimizer == "muon"]
-    rest = [p for p in model.parameters() if not any(p is q for q in inner)]
+    inner = {p: None for p in model.h.parameters() if p.dim() == 2 and c.optimizer == "muon"}   # an ordered set: tensors hash by identity
+    rest = [p for p in model.parameters() if p not in inner]
     groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=c.weight_decay),
               dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
     optimizers = [torch.optim.AdamW(groups, c.learning_rate, betas=(c.beta1, c.beta2), fused=device.type != "mps")]
     if inner:
-        optimizers.append(torch.optim.Muon(inner, c.learning_rate, c.weight_decay, momentum=c.beta1, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.Muon(list(inner), c.learning_rate, c.weight_decay, momentum=c.beta1, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
 @torch.no_grad()
-def evaluate(forward, data, c, micro, autocast, device, rank=0, world=1):
-    """Mean loss over the first eval_iters*batch_size windows, or all: the same ones each time, so losses compare."""
-    forward.eval()
+def evaluate(net, data, c, micro, autocast, device, rank=0, world=1):
+    """Mean loss, nats a token, over the first eval_iters*batch_size windows, the same each time. Every rank takes part, and gets it."""
+    net.eval()
     n, total = min(data.n, c.eval_iters * c.batch_size), 0.0
     for first in range(0, n, micro * world):   # every rank calls equally often: FSDP fetches parameters with all of them
         mine = range(first + rank * micro, first + (rank + 1) * micro)
         counted = sum(i < n for i in mine)
         x, y = data.windows([min(i, n - 1) for i in mine])
-        y = y.clone()      # it shares its memory with x
         y[counted:] = -1   # padding, not counted; a smaller batch would make torch.compile compile again
         with autocast:
-            loss = forward(x.to(device), y.to(device))[1]
+            loss = net(x.to(device), y.to(device))[1]
         total += loss.item() * counted if counted else 0.0
     if c.fsdp:   # no backward pass has let go of what was fetched last, and save needs the parts
-        for part in (*forward.h, forward):
+        for part in (*net.h, net):
             part.reshard()
-    forward.train()
+    net.train()
     return across(total) / n
 
 
 def load_optimizers(optimizers, model, states, path):
-    """Put back the state of every parameter, saved by its name, and cut it as the parameter is cut."""
+    """Put back the state of every parameter, saved by its name, and cut it as the parameter is cut; ValueError if it is another model's."""
     names = {p: name for name, p in model.named_parameters()}
     if states.keys() != set(names.values()):
         raise InputError(f"{path}: the optimizer's state is not of this model")
@@ -198,16 +200,19 @@ def load_optimizers(optimizers, model, states, path):
         from torch.distributed.tensor import distribute_tensor
         return distribute_tensor(t.to(p.device), p.device_mesh, p.placements, src_data_rank=None)   # each rank has read it all
     for optimizer in optimizers:
-        order = [p for group in optimizer.param_groups for p in group["params"]]   # torch numbers parameters so
+        order = [p for group in optimizer.param_groups for p in group["params"]]   # as torch numbers them
         state = {i: {k: cut(t, p) for k, t in states[names[p]].items()} for i, p in enumerate(order)}
         optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()["param_groups"]))
 
 
-def build_model(c, asked, meta):
-    """-> a model as init_from says, and the checkpoint if it is to be resumed, else None. asked: the GPTConfig of the flags"""
+def build_model(c, asked, given, meta):
+    """
+    A model as init_from says, and the checkpoint if it is to be resumed, else None. asked: the GPTConfig of files and flags; given:
+    the names that they set. c.init_from becomes what the checkpoints to come should say: how the run began.
+    """
     path, checkpoint = Path(c.out_dir) / "ckpt.pt", None
     if c.init_from == "scratch" or c.init_from == "auto" and not path.exists():
-        if asked.vocab_size == GPTConfig.vocab_size:   # not asked for: what the tokenizer has
+        if "vocab_size" not in given:   # what the tokenizer has
             asked = replace(asked, vocab_size=meta["vocab_size"])
         if asked.vocab_size < meta["vocab_size"]:
             raise InputError(f"vocab_size={asked.vocab_size} is less than the {meta['vocab_size']} ids of data/{c.dataset}")
@@ -227,16 +232,16 @@ def build_model(c, asked, meta):
         if (trained_with := checkpoint["train_config"].get("optimizer", "adamw")) != c.optimizer:
             raise InputError(f"{path} was trained with optimizer={trained_with}, whose averages {c.optimizer} cannot use: "
                              f"--optimizer={trained_with} goes on")
-        # what the settings ask of the shape must be there: all of it if the run began from scratch, else what is not a default
-        wanted = {f.name: getattr(asked, f.name) for f in fields(asked) if getattr(asked, f.name) != f.default or
+        # what the settings ask of the shape must be there: all of it if the run began from scratch, else what was given
+        wanted = {f.name: getattr(asked, f.name) for f in fields(asked) if f.name in given or
                   (started == "scratch" and f.name != "vocab_size")}
         changed = [f"{k} was {v}, is {getattr(c, k)}" for k, v in checkpoint["train_config"].items()
                    if k not in ("init_from", "eval_only") and getattr(c, k, v) != v]
-        c.init_from = started   # what the next checkpoints, too, should say
+        c.init_from = started
         print(f"resuming {path} at step {checkpoint['step']:,}{'; note: ' + ', '.join(changed) if changed else ''}")
     else:   # someone's weights: what is not asked for is as they are, dropout apart
         path = c.init_from
-        wanted = {f.name: getattr(asked, f.name) for f in fields(asked) if f.name == "dropout" or getattr(asked, f.name) != f.default}
+        wanted = {f.name: getattr(asked, f.name) for f in fields(asked) if f.name in given | {"dropout"}}
         fixed = ("vocab_size", "n_layer", "n_head", "n_embd", "bias", "tied")
         model = GPT.from_pretrained(path, **{k: v for k, v in wanted.items() if k not in fixed})
     if other := [f"{k} is {getattr(model.config, k)} there, not {v}" for k, v in wanted.items() if getattr(model.config, k) != v]:
@@ -248,6 +253,7 @@ def build_model(c, asked, meta):
 
 
 def check_finite(step, name, value):
+    """ValueError for a loss or norm that is infinite or not a number"""
     if not math.isfinite(value):
         raise InputError(f"step {step}: {name} {value}. Nothing was overwritten, the last checkpoint is from before; a lower "
                          f"learning_rate, a longer warm-up or dtype=float32 may help")
@@ -256,10 +262,13 @@ def check_finite(step, name, value):
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
-def train(c, gpt_config, argv, store, rank, world):
-    device, bf16, line = choose_device(c.device, c.dtype)
+def train(c, gpt_config, given, argv, store, rank, world):
+    mine = zlib.crc32(repr((c, gpt_config)).encode())   # a config file may choose by what it finds on its machine
+    if across(mine, dist.ReduceOp.MAX) != across(mine, dist.ReduceOp.MIN):
+        raise InputError("not all processes read the same settings: give as flags what the config file decides by itself")
+    device, bf16, line = launch.choose_device(c.device, c.dtype)
     print(line)
-    c.dtype = "bfloat16" if bf16 else "float32"   # what a resumed run is compared with
+    c.dtype = "bfloat16" if bf16 else "float32"   # resolved, so that a resumed run can tell whether it is another
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")   # TF32 for what is still float32
@@ -277,13 +286,13 @@ def train(c, gpt_config, argv, store, rank, world):
             prepare(c.dataset, shards=min(FINEWEB_SHARDS, math.ceil(tokens / SHARD_TOKENS)) or 1)
         meta = load_meta(folder)
         torch.manual_seed(c.seed)
-        return meta, *build_model(c, gpt_config, meta)
-    meta, model, checkpoint = in_turn(store, load)
+        return meta, *build_model(c, gpt_config, given, meta)
+    meta, model, checkpoint = launch.in_turn(store, load)
     model.train()
     block_size = model.config.block_size
     # for short sequences in bfloat16 on a CPU, torch 2.13's flash attention takes twice the time of plain products, or more
     shortest = min(filter(None, (block_size, *model.config.windows)))
-    torch.backends.cuda.enable_flash_sdp(not (bf16 and device.type == "cpu" and shortest < 256))   # not of CUDA alone
+    torch.backends.cuda.enable_flash_sdp(not (bf16 and device.type == "cpu" and shortest < 256))   # despite its name, of the CPU too
     train_data = Data(folder, meta, "train", block_size, c.seed)
     val_data = Data(folder, meta, "val", block_size, c.seed)
     tokens_per_step = c.batch_size * block_size
@@ -295,25 +304,25 @@ def train(c, gpt_config, argv, store, rank, world):
 
     # one process, DDP or FSDP; then the optimizer, which must see the parameters as they are cut; and where we are
     flops = model.flops_per_token(block_size)
-    forward = wrap(model, c, micro, bf16, autocast, device)
+    net = wrap(model, c, micro, bf16, autocast, device)
     optimizers = make_optimizers(model, c, device)
     step, best_val_loss = 0, math.inf
     if checkpoint:
-        load_optimizers(optimizers, model, checkpoint["optimizer"], c.out_dir)
+        load_optimizers(optimizers, model, checkpoint["optimizer"], Path(c.out_dir) / "ckpt.pt")
         step, best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
         del checkpoint
     if across(step, dist.ReduceOp.MAX) != step:
         raise InputError(f"{c.out_dir} is at step {step} here and further elsewhere: it must be one folder that all machines share")
 
     def validate():
-        return evaluate(forward, val_data, c, micro, autocast, device, rank, world)
+        return evaluate(net, val_data, c, micro, autocast, device, rank, world)
     if c.eval_only:
         print(f"validation loss {validate():.4f}")
         return
     out = Path(c.out_dir)
     if rank == 0:
-        make_out_dir(out, keep=step > 0)
-        log = Log(out / "metrics.csv", resume_step=step or None)
+        launch.make_out_dir(out, keep=step > 0)
+        log = launch.Log(out / "metrics.csv", resume_step=step or None)
 
     stop = []   # the first SIGINT or SIGTERM ends the run after the step it is in
     def on_signal(number, frame):
@@ -327,7 +336,7 @@ def train(c, gpt_config, argv, store, rank, world):
     def save_as(name):
         weights.save_checkpoint(out / name, model, optimizers, c, step, best_val_loss, meta["tokenizer"])
 
-    peak = peak_flops(torch.cuda.get_device_name()) if bf16 and device.type == "cuda" else None
+    peak = launch.peak_flops(torch.cuda.get_device_name()) if bf16 and device.type == "cuda" else None
     first_step, counted_from, train_seconds = step, step, 0.0   # evaluations and checkpoints do not count
     start = saved_at = running_since = time.perf_counter()
     lr, loss, norm = 0.0, torch.zeros(()), torch.zeros(())   # of the last step
@@ -335,7 +344,7 @@ def train(c, gpt_config, argv, store, rank, world):
         # One question to all, for a signal may come at any moment, to any process: if each decided alone, one would save while
         # another trains on, and both would wait forever.
         due = time.perf_counter() - saved_at > 60 * c.checkpoint_minutes
-        wish = across(2 if stop else 1 if due else 0, dist.ReduceOp.MAX)   # the strongest of any process: 2 stop, 1 save, 0 go on
+        wish = across(2 if stop else 1 if due else 0, dist.ReduceOp.MAX)   # 2 stop, 1 save, 0 go on: the largest of all processes
         stopping = wish == 2
         evaluating = not stopping and (step % c.eval_interval == 0 or step >= c.max_iters)
         saving = evaluating or wish > 0 or step % c.checkpoint_interval == 0
@@ -370,7 +379,7 @@ def train(c, gpt_config, argv, store, rank, world):
                 break
             running_since = time.perf_counter()
 
-        # dropout, like the data, depends on nothing but seed, step and rank; other seeds lie a million steps away
+        # dropout depends on seed, step, rank and world size alone: nothing to save; neighbouring seeds lie a million steps apart
         torch.manual_seed((c.seed * 1_000_003 + step) * world + rank)
         lr = lr_at(step, c)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -378,25 +387,25 @@ def train(c, gpt_config, argv, store, rank, world):
         loss = torch.zeros((), device=device)
         begin = step * c.batch_size + rank * share
         for first in range(begin, begin + share, micro):
-            last = first + micro == begin + share   # gradients are sent in the last part alone: said before its forward pass
+            last = first + micro == begin + share   # send gradients with the last part alone; to be set before its forward pass
             if c.fsdp:
                 model.set_requires_gradient_sync(last)
-            elif forward is not model:   # DDP; its no_sync() sets the same
-                forward.require_backward_grad_sync = last
+            elif net is not model:   # DDP; its no_sync() sets the same
+                net.require_backward_grad_sync = last
             x, y = train_data.batch(range(first, first + micro))
-            if device.type == "cuda":   # from pinned memory: the CPU goes on while the GPU fetches it
-                x, y = x.pin_memory(), y.pin_memory()
-            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            if device.type == "cuda":   # from pinned memory: the CPU goes on while the GPU fetches it (Apple GPUs lose data so)
+                x, y = (t.pin_memory().to(device, non_blocking=True) for t in (x, y))
+            x, y = x.to(device), y.to(device)
             with autocast:
-                # the mean over this process's share, which DDP and FSDP average; a name for the logits would keep them in memory
-                micro_loss = forward(x, y)[1] * (micro / share)
+                # the mean over this process's share, which DDP and FSDP average; [1] at once: a name would keep the logits in memory
+                micro_loss = net(x, y)[1] * (micro / share)
             micro_loss.backward()
             loss += micro_loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)   # inf: measure only
         norm = norm.full_tensor() if c.fsdp else norm
         for optimizer in optimizers:
             optimizer.step()
-        model.zero_grad(set_to_none=forward is model)   # DDP's gradients are views of its buckets: keep them
+        model.zero_grad(set_to_none=net is model)   # DDP's gradients are views of its buckets: keep them
         step += 1
 
     torch.backends.cuda.enable_flash_sdp(True)
@@ -410,7 +419,7 @@ def train(c, gpt_config, argv, store, rank, world):
         print(f"{stop[0] if stop else 'a signal'}: stopped at step {step:,}; go on with\n  {launcher} train.py {shlex.join(argv)}{resume}")
         return
     curve = [float(r["val_loss"]) for r in log.rows if r["val_loss"]]
-    print(f"\nvalidation loss {curve[0]:.2f} {sparkline(curve)} {curve[-1]:.4f}, the best {best_val_loss:.4f}, in {clock(log.elapsed())}\n")
+    print(f"\nvalidation loss {curve[0]:.2f} {launch.sparkline(curve)} {curve[-1]:.4f}, the best {best_val_loss:.4f}, in {clock(log.elapsed())}\n")
     tokenizer = Tokenizer(meta["tokenizer"])
     best = GPT.from_pretrained(out).to(device)   # whole, also where training had cut it
     tokens = best.generate(torch.tensor([[tokenizer.start]], device=device), 256, top_k=200, vocab_size=tokenizer.vocab_size)
@@ -418,24 +427,24 @@ def train(c, gpt_config, argv, store, rank, world):
 
 
 def main(argv):
-    c, gpt_config = load_config(argv)
+    c, gpt_config, given = launch.settings(argv, __doc__, TrainConfig, GPTConfig)
     if c.fsdp and "RANK" not in os.environ:
         raise InputError(f"--fsdp cuts the model over several processes, which torchrun starts: torchrun "
                          f"--nproc_per_node={max(2, torch.cuda.device_count())} train.py {shlex.join(argv)}")
-    store, rank, world = join()
+    store, rank, world = launch.join()
     if store is None:
-        return train(c, gpt_config, argv, store, rank, world)
+        return train(c, gpt_config, given, argv, store, rank, world)
     status = 1
     try:
-        train(c, gpt_config, argv, store, rank, world)
+        train(c, gpt_config, given, argv, store, rank, world)
         across(0)   # nobody leaves while another still needs an answer
         status = 0
     except BaseException as e:
-        first_to_fail(store, e)
+        launch.first_to_fail(store, e)
     finally:
         sys.stdout.flush()
         os._exit(status)   # at once: taking gloo or a broken NCCL down may hang or abort (torch 2.13)
 
 
 if __name__ == "__main__":
-    run(main)
+    launch.run(main)

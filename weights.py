@@ -31,18 +31,21 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 # Models
 
 def load(name_or_folder):
-    """-> GPTConfig, {name of a parameter: tensor}, tokenizer or None, the path they came from"""
+    """
+    A released name, a folder or a checkpoint -> GPTConfig, {name of a parameter: tensor}, tokenizer or None, the path they came
+    from. Raises ValueError that names the file and what is wrong with it.
+    """
     path = Path(name_or_folder)
-    if not path.exists() and str(name_or_folder) in GPT2_SIZES:
-        path = download_gpt2(str(name_or_folder))
     if path.is_dir() and not (path / "config.json").exists():
         path = next((path / f for f in ("best.pt", "ckpt.pt") if (path / f).exists()), path)
+    if str(name_or_folder) in GPT2_SIZES and not path.is_file() and not (path / "config.json").exists():
+        path = download_gpt2(str(name_or_folder))
     if path.is_file():
         checkpoint = load_checkpoint(path)
         return GPTConfig(**checkpoint["gpt_config"]), checkpoint["model"], checkpoint["tokenizer"], path
     if (path / "config.json").exists():
         config, tensors = read_folder(path)
-        return config, tensors, {"kind": "gpt2"} if config.vocab_size == 50257 else None, path
+        return config, tensors, {"kind": "gpt2"} if config.vocab_size == 50257 else None, path   # the size is all that tells
     raise InputError(f"{name_or_folder}: not one of {', '.join(GPT2_SIZES)}, nor a folder with config.json and weights")
 
 
@@ -57,8 +60,13 @@ def download_gpt2(name):
 
 
 def adapt(tensors, theirs, ours, path):
-    """Change the tensors of a model with the config theirs so that they fit one with the config ours."""
+    """Change the tensors of a model with the config theirs so that they fit one with the config ours; ValueError where none can."""
     tensors = dict(tensors)
+    for field in ("vocab_size", "n_layer", "n_head", "n_embd", "bias", "tied"):
+        if getattr(ours, field) != getattr(theirs, field):
+            raise InputError(f"{field}={getattr(ours, field)}: {path} has {getattr(theirs, field)}, which its weights decide")
+    if theirs.use_rope and not ours.use_rope:
+        raise InputError(f"use_rope=False: {path} was trained with RoPE and has no learned positions")
     if ours.use_rope and not theirs.use_rope:
         tensors.pop("wpe.weight", None)
         print(f"warning: use_rope=True drops the learned positions of {path}: train the model before you use it", file=sys.stderr)
@@ -66,22 +74,22 @@ def adapt(tensors, theirs, ours, path):
         if ours.block_size > theirs.block_size:
             raise InputError(f"block_size={ours.block_size}: {path} has only {theirs.block_size} positions")
         tensors.update((k, t[:ours.block_size]) for k, t in tensors.items() if k == "wpe.weight")
-    H, K, k = ours.n_head, theirs.n_kv_head or theirs.n_head, ours.n_kv_head or ours.n_head
-    if K != k and theirs.n_head == H:
-        if K % k:
-            raise InputError(f"n_kv_head={k}: {path} has {K} key/value heads, and only a divisor of that can be made from them")
+    H, K, new_K = ours.n_head, theirs.n_kv_head or theirs.n_head, ours.n_kv_head or ours.n_head
+    if new_K != K:
+        if K % new_K:
+            raise InputError(f"n_kv_head={new_K}: {path} has {K} key/value heads, and only a divisor of that can be made from them")
         for name, t in tensors.items():
-            if ".c_attn." in name:   # (H+2K)*D rows: of each K/k heads the mean
+            if ".c_attn." in name:   # (H+2K)*D rows: of each K/new_K heads the mean
                 if len(t) != (H + 2 * K) * ours.n_embd // H:
                     raise InputError(f"{path}: {name} has {len(t)} rows, {H} heads and twice {K} need {(H + 2 * K) * ours.n_embd // H}")
                 q, kv = t.unflatten(0, (H + 2 * K, -1)).split((H, 2 * K))
-                tensors[name] = torch.cat((q, kv.unflatten(0, (2 * k, -1)).mean(1))).flatten(0, 1)
+                tensors[name] = torch.cat((q, kv.unflatten(0, (2 * new_K, -1)).mean(1))).flatten(0, 1)
     return tensors
 
 
 @torch.no_grad()
 def copy(model, tensors, path):
-    """Copy tensors (by name) into model; names and shapes must be the model's. path is for the error alone."""
+    """Copy tensors (by name) into model, in its dtype; ValueError unless names and shapes are the model's. path is for the error."""
     own = dict(model.named_parameters())
     missing, unknown = own.keys() - tensors.keys(), tensors.keys() - model.state_dict().keys()
     for what, names in (("lacks", missing), ("has the unknown", unknown)):
@@ -192,12 +200,10 @@ def save(model, folder):
     end = 50256 if c.vocab_size == 50257 else None   # GPT-2's <|endoftext|>; of another vocabulary we do not know
     common = dict(vocab_size=c.vocab_size, tie_word_embeddings=c.tied, torch_dtype="float32", bos_token_id=end, eos_token_id=end)
     if not (c.use_rope or c.use_gqa or c.use_swa):
-        prefix, renames = "transformer.", {}
         config = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
                       n_head=c.n_head, layer_norm_epsilon=1e-5, activation_function="gelu_new", resid_pdrop=c.dropout,
                       embd_pdrop=c.dropout, attn_pdrop=c.dropout)
     elif c.use_rope and len(set(c.windows)) == 1:
-        prefix, renames = "", {ours: theirs for theirs, ours in STARCODER2.items()}
         config = dict(model_type="starcoder2", architectures=["Starcoder2ForCausalLM"], max_position_embeddings=c.block_size,
                       hidden_size=c.n_embd, intermediate_size=4 * c.n_embd, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
                       num_key_value_heads=c.n_kv_head or c.n_head, sliding_window=c.windows[0] or None, rope_theta=c.rope_theta,
@@ -213,14 +219,14 @@ def save(model, folder):
         tensors |= {n.removesuffix("weight") + "bias": torch.zeros(len(t)) for n, t in tensors.items() if n.startswith(("h.", "ln_f"))}
     theirs = {}
     for name, t in tensors.items():
-        if prefix:   # gpt2
-            theirs[name if name == "lm_head.weight" else prefix + name] = t.t() if name.endswith(CONV1D) else t
+        if config["model_type"] == "gpt2":
+            theirs[name if name == "lm_head.weight" else f"transformer.{name}"] = t.t() if name.endswith(CONV1D) else t
         elif ".c_attn." in name:
             sizes = [n * c.n_embd // c.n_head for n in (c.n_head, config["num_key_value_heads"], config["num_key_value_heads"])]
             for part, rows in zip("qkv", t.split(sizes)):
                 theirs[name.replace("h.", "model.layers.", 1).replace("attn.c_attn", f"self_attn.{part}_proj")] = rows
         else:
-            for ours, their in renames.items():
+            for their, ours in STARCODER2.items():
                 name = name.replace(ours, their, 1)
             theirs[name] = t
     folder = Path(folder)
@@ -245,6 +251,8 @@ def read_safetensors(path):
             header.pop("__metadata__", None)
             end = 0
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                if entry["dtype"] not in DTYPES:
+                    raise ValueError(f"{name} is of dtype {entry['dtype']}, and not one of {', '.join(DTYPES)}")
                 dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
                 if any(type(n) is not int or n < 0 for n in shape):
                     raise ValueError(f"{name} has shape {shape}")
@@ -256,7 +264,7 @@ def read_safetensors(path):
         if 8 + length + end != size:
             raise ValueError(f"the tensors end at byte {8 + length + end:,} of {size:,}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise InputError(f"{path} is cut short or not a safetensors file: {e}; delete it and fetch it again") from None
+        raise InputError(f"{path} cannot be read as safetensors: {e}; if it is damaged, delete it and fetch it again") from None
     return tensors
 
 
