@@ -240,12 +240,17 @@ def in_turn(store, work):
     for turn in range(3):
         if turn == mine:
             result = work()
-        store.add(f"turn {turn}", 1)
-        while store.add(f"turn {turn}", 0) < dist.get_world_size():
-            if store.check(["why"]):
-                raise InputError("another process failed")   # and has said why
-            time.sleep(0.05)
+        wait_for_all(store, f"turn {turn}")
     return result
+
+
+def wait_for_all(store, where):
+    """Return when every process has called this with the same where. Nothing is sent between them, only counted in the store."""
+    store.add(where, 1)
+    while store.add(where, 0) < dist.get_world_size():
+        if store.check(["why"]):
+            raise InputError("another process failed")   # and has said why
+        time.sleep(0.02)
 
 
 def first_to_fail(store, e):

@@ -1091,6 +1091,7 @@ def save_and_note(path, model, optimizers, *rest):
     save(path, model, optimizers, *rest)
 
 torch.nn.utils.clip_grad_norm_, train.weights.save_checkpoint = clip_and_note, save_and_note
+train.GPT.generate = lambda self, idx, *args, **options: idx   # no sample at the end of every run
 store, rank, world = train.launch.join()
 for i, argv in enumerate(json.loads(sys.argv[1])):
     if argv[0] == "copy":
@@ -1098,7 +1099,7 @@ for i, argv in enumerate(json.loads(sys.argv[1])):
             shutil.copytree(*argv[1:])
     else:
         train.train(*train.launch.settings(argv, "", train.TrainConfig, train.GPTConfig), argv, torch.distributed.PrefixStore(str(i), store), rank, world)
-    train.across(0)
+    train.launch.wait_for_all(store, f"end {i}")
 os._exit(0)
 """
 
@@ -1406,9 +1407,15 @@ def test_killed_worker_restarts_the_group_which_goes_on_from_the_last_checkpoint
 @pytest.mark.parametrize("flags", [[], ["--fsdp"]])
 def test_SIGTERM_to_torchrun_saves_and_every_worker_exits_0(flags):
     """torchrun itself then always ends with status 1 and a traceback of its own SignalException."""
+    # At the end nothing may be sent from process to process: one that has left resets the connections of one that still reads.
     process = torchrun("""
-import os, train
-leave = os._exit
+import os, torch, train
+leave, train_ = os._exit, train.train
+
+def and_then_silence(*args):
+    train_(*args)
+    torch.distributed.all_reduce = None
+train.train = and_then_silence
 
 def note(status):
     with open(f"left-{os.environ['RANK']}", "w") as f:

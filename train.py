@@ -437,7 +437,7 @@ def main(argv):
     status = 1
     try:
         train(c, gpt_config, given, argv, store, rank, world)
-        across(0)   # nobody leaves while another still needs an answer
+        launch.wait_for_all(store, "end")   # who leaves earlier cuts connections that others still read from (an all-reduce, too, may)
         status = 0
     except BaseException as e:
         launch.first_to_fail(store, e)
