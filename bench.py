@@ -4,8 +4,9 @@ What each variant costs and what it buys, and how fast all of it is, measured on
   python bench.py             size, compute, memory and speed of gpt2, rope, gqa, swa and modern (all three): README, "The assessment";
                               config files that follow add the model they describe: python bench.py config/gqa.py
                               --csv writes assets/variants.csv, --plot draws it
-  python bench.py papers      what the papers claim, in miniature: 105 short trainings of train.py, into assets/papers.csv
-  python bench.py plots       draws assets/*.png anew from assets/*.csv
+  python bench.py papers      what the papers claim, in miniature: short trainings of train.py, into assets/papers.csv; or one part
+                              of it: python bench.py papers rope (gqa, windows, recall, longer, time)
+  python bench.py plots       draws assets/*.png anew from assets/*.csv, and prints the means of papers.csv
 
   python bench.py attention   time and memory of full, masked and blocked attention against the length of the text (part of the first)
   python bench.py steps       a training step beside nanoGPT's (--nanogpt=FOLDER, a clone of it), and of long texts beside full attention
@@ -23,13 +24,15 @@ import ctypes
 import importlib.util
 import multiprocessing
 import os
+import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -41,7 +44,7 @@ import train
 import weights
 from launch import choose_device
 from model import GPT, GPTConfig, InputError, attend, attend_in_blocks, visible
-from prepare_data import Data, load_meta
+from prepare_data import Data, load_meta, prepare_text
 from sample import compile_products
 
 HERE = Path(__file__).parent.resolve()
@@ -79,18 +82,18 @@ def ms(seconds):
 
 
 def peak_mb(reset=False):
-    """The most memory held, in MB, of the GPU if there is one; with reset what is held now, from where the peak is counted anew"""
+    """The most memory held, in MB (10^6 bytes), of the GPU if there is one; with reset what is held now, from where the peak is counted anew"""
     if torch.cuda.is_available():
         if reset:
             torch.cuda.reset_peak_memory_stats()
-        return (torch.cuda.memory_allocated() if reset else torch.cuda.max_memory_allocated()) / 2**20
+        return (torch.cuda.memory_allocated() if reset else torch.cuda.max_memory_allocated()) / 1e6
     try:   # Linux; elsewhere no memory figures
         if reset:
             ctypes.CDLL(None).malloc_trim(0)   # what was freed goes back to the system: used again, it counts again
             with open("/proc/self/clear_refs", "w") as f:
                 f.write("5")
         with open("/proc/self/status") as f:
-            return next(int(line.split()[1]) / 1024 for line in f if line.startswith("VmRSS:" if reset else "VmHWM:"))
+            return next(int(line.split()[1]) * 1024 / 1e6 for line in f if line.startswith("VmRSS:" if reset else "VmHWM:"))
     except (OSError, AttributeError, TypeError, StopIteration):
         return float("nan")
 
@@ -100,6 +103,17 @@ def added_mb(f):
     before = peak_mb(reset=True)
     f()
     return peak_mb() - before
+
+
+@contextmanager
+def workers(n, **options):
+    """n processes beside this one, which alone answers Ctrl-C"""
+    with multiprocessing.get_context("spawn").Pool(n, signal.signal, (signal.SIGINT, signal.SIG_IGN), **options) as pool:
+        try:
+            yield pool
+        finally:
+            for process in multiprocessing.active_children():   # a training would answer the pool's SIGTERM by finishing its step
+                process.kill()
 
 
 def machine():
@@ -142,10 +156,11 @@ def cache_bytes(config, n, itemsize=4):
 
 
 def fill(model, n, B=1):
-    """A cache that has seen n tokens"""
-    cache, device = model.new_cache(B), next(model.parameters()).device
-    for chunk in torch.randint(model.config.vocab_size, (B, n), device=device).split(512, dim=1):
-        model.hidden(chunk, cache)
+    """A cache as after n tokens; which they were does not matter for time and memory: keys and values at random"""
+    cache, c, device = model.new_cache(B), model.config, next(model.parameters()).device
+    for pos in torch.arange(n, device=device).split(512):
+        for layer in cache.layers:
+            layer.update(*torch.randn(2, B, c.n_kv_head or c.n_head, len(pos), c.n_embd // c.n_head, device=device), pos)
     held = sum(t.numel() * t.element_size() for layer in cache.layers for kv in (layer.k, layer.v)
                for t in [kv[:, :, :min(n, kv.shape[2])]])
     assert held == B * cache_bytes(model.config, n), "the formula is wrong"
@@ -176,7 +191,10 @@ def variants(files, write_csv):
     gpu = device.type == "cuda"
     T, contexts = (4096, (256, 1024, 4096, 16384, 32768)) if gpu else (2048, (256, 1024, 4096))
     shape = {} if gpu else dict(n_layer=4, vocab_size=4096)   # GPT-2's own blocks, four of them, and fewer tokens to choose from
-    configs = {name: replace(config, **shape, block_size=max(contexts) + 64) for name, config in (configs | given).items()}
+    def small(windows):
+        return windows[:shape["n_layer"]] if shape and isinstance(windows, tuple) else windows
+    configs = {name: replace(config, **shape, block_size=max(contexts) + 64, window_size=small(config.window_size))
+               for name, config in (configs | given).items()}
     models = {name: GPT(config) for name, config in configs.items()}
     steps = {name: training_step(model, 1, T, device, bf16) for name, model in models.items()}
     memory = {}
@@ -191,24 +209,28 @@ def variants(files, write_csv):
         for n in contexts:
             idx = torch.randint(64, (1, n), device=device)
             measured["prefill", n] = dict(zip(models, times(*(lambda m=m: m.hidden(idx, m.new_cache(1)) for m in models.values()), repeat=3)))
-            caches = {name: fill(model, n) for name, model in models.items()}
-            measured["decode", n] = dict(zip(models, times(*(lambda name=name: models[name](idx[:, :1], cache=caches[name]) for name in models), repeat=25)))
+            for B in (1, 8) if n == 4096 else (1,):
+                caches, token = {name: fill(model, n, B) for name, model in models.items()}, torch.zeros(B, 1, dtype=torch.long, device=device)
+                taken = times(*(lambda name=name: models[name](token, cache=caches[name]) for name in models), repeat=25)
+                measured["decode" if B == 1 else "decode 8", n] = dict(zip(models, taken))
     base = "gpt2"
-    rows = {name: [] for name in models}
+    rows = {False: {name: [] for name in models}, True: {name: [] for name in models}}   # reading, and decoding
+    columns = {False: [], True: []}
     for (what, n), taken in measured.items():
-        tokens = {"step": T, "prefill": n, "decode": 1, "memory": None}[what]
+        decoding = what.startswith("decode")
+        columns[decoding].append({"step": f"training, T = {n:,}", "memory": "memory of a step", "prefill": f"prompt of {n:,}",
+                                  "decode": f"decoding after {n:,}", "decode 8": f"after {n:,}, batch 8"}[what])
+        tokens = {"step": T, "prefill": n, "decode": 1, "decode 8": 8, "memory": None}[what]
         for name, values in taken.items():
             mid, ratio = statistics.median(values), statistics.median(taken[base]) / max(statistics.median(values), 1e-9)
             if tokens:
-                spread = (max(values) - min(values)) / 2 / mid
-                rows[name].append(f"{tokens / mid:,.0f} ±{spread:.0%} ({ratio:.2f})")
+                rows[decoding][name].append(f"{ratio:.2f}: {tokens / mid:,.0f} ({tokens / max(values):,.0f} to {tokens / min(values):,.0f})")
             else:
-                rows[name].append(f"{mid:,.0f} MB ({1 / max(ratio, 1e-9):.2f})")
+                rows[decoding][name].append(f"{1 / max(ratio, 1e-9):.2f}: {mid:,.0f} MB")
             records.append((what, name, n, mid, min(values), max(values)))
-    columns = [{"step": f"training, T = {n:,}", "memory": "memory of a step", "prefill": f"prompt of {n:,}", "decode": f"decode after {n:,}"}[what]
-               for what, n in measured]
-    table(f"tokens/s (ratio to gpt2), {'GPT-2 124M' if gpu else 'four blocks of GPT-2, vocabulary 4,096'}, batch 1; training in "
-          f"{'bfloat16' if bf16 else 'float32'}, the rest in float32; memory above parameters and optimizer", columns, rows)
+    for decoding in (False, True):
+        table(f"ratio to gpt2: tokens/s (smallest to largest), {'GPT-2 124M' if gpu else 'four blocks of GPT-2, vocabulary 4,096'}; training in "
+              f"{'bfloat16' if bf16 else 'float32'}, batch 1, the rest in float32; memory above parameters and optimizer", columns[decoding], rows[decoding])
     records += attention()
     if write_csv:
         (HERE / "assets").mkdir(exist_ok=True)
@@ -233,30 +255,39 @@ def qkv(T, H=12, D=64):
     return torch.randn(1, T, 3 * H, D, device="cuda" if torch.cuda.is_available() else "cpu").transpose(1, 2)   # as c_attn leaves them
 
 
+def there_and_back(form, heads):
+    """Forward and backward: what training takes"""
+    FORMS[form](*heads.split(12, dim=1), WINDOW).sum().backward()
+
+
 def backward_memory(args):
     """Peak memory of forward and backward, in a process of its own: (form, T) -> MB above what stood before"""
     form, T = args
     heads = qkv(T).requires_grad_()
-    return added_mb(lambda: FORMS[form](*heads.split(12, dim=1), WINDOW).sum().backward())
+    return added_mb(lambda: there_and_back(form, heads))
 
 
 def attention():
     """Time and memory of full, masked and blocked attention against the length of the text -> records"""
     records, rows = [], {}
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+    with workers(1, maxtasksperchild=1) as pool:
         for T in (1024, 2048, 4096, 8192, 16384):
             forms = {name: f for name, f in FORMS.items() if T < 16384 or name != "masked"}   # whose mask alone is 1 GB there
             memory = pool.map(backward_memory, [(form, T) for form in forms], chunksize=1)
+            repeat, heads = 15 if T < 4096 else 5 if T < 8192 else 3, qkv(T)
             with torch.no_grad():
-                q, k, v = qkv(T).split(12, dim=1)
-                taken = times(*(lambda form=form: form(q, k, v, WINDOW) for form in forms.values()), repeat=25 if T < 4096 else 5)
-            rows[f"{T:,}"] = [f"{ms(t).strip()}, {mb:.0f} MB" for t, mb in zip(taken, memory)]
-            rows[f"{T:,}"] += ["-"] * (len(FORMS) - len(forms)) + [f"{statistics.median(taken[0]) / statistics.median(taken[-1]):.1f}"]
-            for form, seconds, mb in zip(forms, taken, memory):
-                records.append(("attention", form, T, statistics.median(seconds), min(seconds), max(seconds)))
+                forward = times(*(lambda form=form: FORMS[form](*heads.split(12, dim=1), WINDOW) for form in forms), repeat=repeat)
+            heads.requires_grad_()
+            both = times(*(lambda form=form: there_and_back(form, heads) for form in forms), repeat=repeat)
+            cells = {form: [f"{1e3 * statistics.median(f):,.0f}, {ms(t).strip()}, {mb:.0f} MB"] for form, f, t, mb in zip(forms, forward, both, memory)}
+            faster = [f"{statistics.median(taken[0]) / statistics.median(taken[-1]):.1f}" for taken in (forward, both)]
+            rows[f"{T:,}"] = [*(cells.get(form, ["-"])[0] for form in FORMS), ", ".join(faster)]
+            for form, f, t, mb in zip(forms, forward, both, memory):
+                records.append(("attention forward", form, T, statistics.median(f), min(f), max(f)))
+                records.append(("attention", form, T, statistics.median(t), min(t), max(t)))
                 records.append(("attention memory", form, T, mb, mb, mb))
-    table(f"Attention, 12 heads of 64, W = {WINDOW}, float32: time forward; memory of forward and backward", ["full", "masked", "in blocks", "full / blocks"],
-          {T: cells if cells[2] != "-" else [cells[0], "-", cells[1], cells[3]] for T, cells in rows.items()})
+    table(f"Attention, 12 heads of 64, W = {WINDOW}, float32: ms forward, ms forward and backward, memory of both",
+          ["full", "masked", "in blocks", "full / blocks"], rows)
     return records
 
 
@@ -359,12 +390,7 @@ def decode(new=256):
 
     def one_more(name, length, B, **switches):
         model = GPT(GPTConfig(block_size=8192, **switches)).eval()
-        cache, token = model.new_cache(B), torch.randint(50257, (B, 1))
-        shape, n = (B, model.config.n_kv_head or 12, 512, 64), 0
-        while n < length:   # what the tokens were does not matter: keys and values at random
-            for layer in cache.layers:
-                layer.update(torch.randn(shape), torch.randn(shape), torch.arange(n, n + 512))
-            n += 512
+        cache, token = fill(model, length, B), torch.randint(50257, (B, 1))
         runs[name] = lambda: model(token, cache=cache)
     for title, cases in {"one more token, batch 8, after 4,096, float32": dict(grouped=(4096, 8, GQA), multi_head=(4096, 8, {})),
                          "one more token, RoPE and W = 256, batch 1": {f"after {n:,}": (n, 1, ROPE | SWA) for n in (512, 4096)}}.items():
@@ -447,24 +473,45 @@ def processes():
 
 SMALL = ["config/shakespeare.py", "--device=cpu", "--n_layer=4", "--n_head=8", "--n_embd=128", "--block_size=128", "--batch_size=16",
          "--micro_batch_size=16", "--max_iters=300", "--optimizer=muon", "--dropout=0", "--learning_rate=1.5e-2", "--warmup_iters=40", "--eval_interval=100",
-         "--eval_iters=30", "--log_interval=50"]   # 480 sequences of 128 validate
+         "--eval_iters=30", "--log_interval=50"]   # 2,048 tokens a step; 480 sequences of 128 validate
 SEEDS = (1, 2, 3)
+TURNED = ["--use_rope"]
 KV = {f"kv{n}": ["--use_gqa", f"--n_kv_head={n}"] for n in (4, 2, 1)}
 WINDOWS = {f"W{w}": ["--use_swa", f"--window_size={w}"] for w in (8, 16, 32, 64)}
-DEPTH = {"growing": ["--use_swa", "--window_size=(8,24,40,56)"], "shrinking": ["--use_swa", "--window_size=(56,40,24,8)"]}
-TRAINED = {"gpt2": [], "rope": ["--use_rope"], **KV, **WINDOWS, **DEPTH, "rope+W32": ["--use_rope", *WINDOWS["W32"]],
-           "modern": ["--use_rope", *KV["kv2"], *WINDOWS["W32"]]}
-BOTH = ("gpt2", "rope", "kv2", "kv1", "W32", "growing", "shrinking", "modern")   # on both texts; the rest on Shakespeare alone
-LENGTHS = (64, 128, 256, 512)   # evaluated on; trained on 128
+WINDOWS |= {"growing": ["--use_swa", "--window_size=(8,24,40,56)"], "shrinking": ["--use_swa", "--window_size=(56,40,24,8)"]}
+FLAGS = {"gpt2": [], "rope": TURNED, **KV, **WINDOWS, "rope+W32": TURNED + WINDOWS["W32"], "modern": TURNED + KV["kv2"] + WINDOWS["W32"],
+         "modern 540 steps": TURNED + KV["kv2"] + WINDOWS["W32"] + ["--max_iters=540"], "rope+W16": TURNED + WINDOWS["W16"],
+         "rope+W8": TURNED + WINDOWS["W8"], "rope+W4": [*TURNED, "--use_swa", "--window_size=4"],
+         "rope+hybrid": [*TURNED, "--use_swa", "--window_size=(4,0,4,0)"]}
+TEXTS = ("shakespeare", "stdlib")
+# part -> the name of its rows, what is read, variants, further flags. A variant of "train" stands in several parts, and is trained once.
+PARTS = {"rope": ("train", TEXTS, ("gpt2", "rope", "rope+W32", "modern"), []),
+         "gqa": ("train", TEXTS, ("gpt2", *KV), []),
+         "windows": ("train", TEXTS, ("gpt2", *WINDOWS), []),
+         "recall": ("recall", ("recall",), ("rope+W4", "rope+W8", "rope+W16", "rope+W32", "rope+hybrid", "rope"), []),
+         "longer": ("longer", ("stdlib",), ("gpt2", "rope", "W8"), ["--max_iters=900"]),
+         "time": ("time", ("stdlib",), ("gpt2", "modern", "modern 540 steps"), ["--block_size=1024", "--batch_size=2", "--micro_batch_size=2"])}
+LENGTHS = (128, 256, 512, 1024)   # read at once; trained on 128
 CONVERT = "mean", "first", "random"
+COLUMNS = ("experiment", "data", "variant", "seed", "step", "length", "value")   # value: validation loss in nats; of "seconds" seconds
 
 
+def recall_text():
+    """Lines of 24 random letters, each line twice: the second can be known, by whoever sees 25 characters back"""
+    rng = random.Random(0)
+    return "".join(2 * ("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=24)) + "\n") for _ in range(48_000))
+
+
+@torch.no_grad()
 def loss_at(folder, dataset, T):
-    """Validation loss of a run's last checkpoint on sequences of T tokens, over the first 61,440 tokens of the split"""
+    """Validation loss on the last 64 of every 1,024 characters, read together with the T - 64 before them: the same 64 for every T"""
     model = GPT.from_pretrained(folder / "ckpt.pt", **({"block_size": T} if T > 128 else {}))
-    data = Data(Path("data") / dataset, load_meta(Path("data") / dataset), "val", T, seed=0)
-    c = train.TrainConfig(batch_size=8, eval_iters=61440 // 8 // T)
-    return train.evaluate(model, data, c, 8, nullcontext(), torch.device("cpu"))
+    data, total = Data(Path("data") / dataset, load_meta(Path("data") / dataset), "val", max(LENGTHS), seed=0), 0.0
+    for i in range(100):
+        x, y = data.windows([i])
+        y[:, :-64] = -1
+        total += model(x[:, -T:], y[:, -T:])[1].item() / 100
+    return total
 
 
 def convert(source, target, how, n_kv_head):
@@ -483,64 +530,111 @@ def convert(source, target, how, n_kv_head):
 
 
 def train_and_look(job):
-    """One run of train.py on one thread -> rows of the table: experiment, data, variant, seed, step, length, loss"""
-    folder, dtype, dataset, variant, seed = job
+    """One run of train.py on one thread -> the job, and its rows, see COLUMNS"""
+    folder, dtype, (kind, dataset, variant, seed), flags = job
     os.chdir(folder)
     torch.set_num_threads(1)
-    out, rows = Path(f"{dataset}-{variant}-{seed}"), []
+    out, rows = Path(f"{kind}-{dataset}-{variant}-{seed}"), []
+    length = 1024 if kind == "time" else 128
 
     def run(out, *flags):
+        """-> {step: (validation loss, seconds of training until then)}"""
         with open(os.devnull, "w") as quiet, redirect_stdout(quiet):
             train.main([*SMALL, *flags, f"--dtype={dtype}", f"--dataset={dataset}", f"--seed={seed}", f"--out_dir={out}"])
+        points, seconds, tokens = {}, 0.0, 0
         with open(out / "metrics.csv") as f:
-            table = list(csv.DictReader(f))
-        speed.append(statistics.median(int(r["tokens_per_s"]) for r in table if r["tokens_per_s"]))
-        return [(int(r["step"]), float(r["val_loss"])) for r in table if r["val_loss"]]
+            for r in csv.DictReader(f):
+                if r["tokens_per_s"]:
+                    seconds, tokens = seconds + (int(r["tokens"]) - tokens) / int(r["tokens_per_s"]), int(r["tokens"])
+                if r["val_loss"]:
+                    points[int(r["step"])] = float(r["val_loss"]), seconds
+        return points
 
-    speed = []
-    for step, loss in run(out, *TRAINED[variant]):
-        rows.append(("train", dataset, variant, seed, step, 128, loss))
-    rows.append(("tokens/s", dataset, variant, seed, 300, 128, speed[0]))
-    for T in LENGTHS if variant in ("gpt2", "rope", "rope+W32", "modern") else ():
-        if "--use_rope" in TRAINED[variant] or T <= 128:
+    for step, (loss, seconds) in run(out, *flags).items():
+        rows.append((kind, dataset, variant, seed, step, length, loss))
+        if kind == "time":   # of these alone: whatever else runs here would show in it
+            rows.append(("seconds", dataset, variant, seed, step, length, seconds))
+    if kind == "train" and "--use_rope" in flags:
+        for T in LENGTHS:
             rows.append(("length", dataset, variant, seed, 300, T, loss_at(out, dataset, T)))
-    if variant == "gpt2":   # uptraining: 5% and 10% of the steps, at a third of the learning rate
+    if kind == "train" and variant == "gpt2":   # uptraining: 5% and 10% of the steps, at a third of the learning rate
         more = ["--max_iters=30", "--eval_interval=15", "--warmup_iters=0", "--learning_rate=5e-3", "--dropout=0"]
         for kv in (2, 1):
             for how in CONVERT:
                 converted = Path(f"{out}-{how}-{kv}")
                 convert(out, converted, how, kv)
-                for step, loss in run(Path(f"{converted}-more"), f"--init_from={converted}", *KV[f"kv{kv}"], *more):
+                for step, (loss, _) in run(Path(f"{converted}-more"), f"--init_from={converted}", *KV[f"kv{kv}"], *more).items():
                     rows.append(("convert", dataset, f"kv{kv} {how}", seed, step, 128, loss))
-        for step, loss in run(Path(f"{out}-more"), f"--init_from={out}", *more):
+        for step, (loss, _) in run(Path(f"{out}-more"), f"--init_from={out}", *more).items():
             rows.append(("convert", dataset, "multi-head", seed, step, 128, loss))
-    return rows
+    return job[2], rows
 
 
-def papers():
+def read_csv(name):
+    try:
+        with open(HERE / "assets" / name, encoding="utf-8") as f:
+            return list(csv.DictReader(line for line in f if not line.startswith("#")))
+    except FileNotFoundError:
+        return []
+
+
+def job_of(row):
+    """The run that a row of papers.csv came from: kind, data, variant, seed"""
+    kind = {"length": "train", "convert": "train", "seconds": "time"}.get(row["experiment"], row["experiment"])
+    return kind, row["data"], "gpt2" if row["experiment"] == "convert" else row["variant"], int(row["seed"])
+
+
+def jobs_of(parts):
+    """{(kind, data, variant, seed): flags}"""
+    return {(kind, dataset, variant, seed): [*FLAGS[variant], *more] for kind, texts, variants, more in map(PARTS.get, parts)
+            for dataset in texts for variant in variants for seed in SEEDS}
+
+
+def papers(parts):
+    """Run the parts, all by default; their rows replace those in assets/papers.csv, the others stay."""
+    if unknown := set(parts) - PARTS.keys():
+        raise InputError(f"papers {unknown.pop()}: must be one of {', '.join(PARTS)}, or nothing for all")
     dtype = "bfloat16" if machine()[1] else "float32"   # tried once, for all
     (HERE / "assets").mkdir(exist_ok=True)
     (HERE / "data").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(torch.get_num_threads()) as pool:
+    every, wanted = jobs_of(PARTS), jobs_of(parts or PARTS)
+    results = {}   # job -> rows
+    for row in read_csv("papers.csv"):
+        results.setdefault(job_of(row), []).append(tuple(row.values()))
+    with tempfile.TemporaryDirectory() as folder, workers(torch.get_num_threads()) as pool:
         for name in ("config", "data"):
             os.symlink(HERE / name, Path(folder, name))
-        for dataset in ("shakespeare", "stdlib"):
-            if not Path("data", dataset, "meta.json").exists():
+        for dataset in {dataset for _, dataset, _, _ in wanted}:
+            if dataset == "recall":
+                Path(folder, "recall.txt").write_text(recall_text(), encoding="utf-8")
+                prepare_text(Path("data/recall"), [Path(folder, "recall.txt")], "char")
+            elif not Path("data", dataset, "meta.json").exists():
                 train.prepare(dataset)
-        jobs = [(folder, dtype, dataset, variant, seed) for dataset, names in (("shakespeare", TRAINED), ("stdlib", BOTH)) for variant in names for seed in SEEDS]
-        with weights.replacing(HERE / "assets" / "papers.csv") as f:
-            f.write(b"experiment,data,variant,seed,step,length,loss\n")
-            for i, rows in enumerate(pool.imap(train_and_look, jobs), 1):
-                for row in rows:
-                    f.write((",".join(map(str, row[:-1])) + f",{row[-1]:.4f}\n").encode())
-                print(f"{i} of {len(jobs)}: {' '.join(map(str, jobs[i - 1][2:]))} {rows[0][-1]:.4f} to {[r for r in rows if r[0] == 'train'][-1][-1]:.4f}", flush=True)
+        jobs = [(folder, dtype, *job) for job in wanted.items()]
+        for i, (job, rows) in enumerate(pool.imap(train_and_look, jobs), 1):
+            results[job] = [(*row[:-1], f"{row[-1]:.4f}") for row in rows]
+            with weights.replacing(HERE / "assets" / "papers.csv") as f:
+                f.write("".join(",".join(map(str, row)) + "\n" for row in (COLUMNS, *(r for job in every for r in results.get(job, [])))).encode())
+            print(f"{i} of {len(jobs)}: {' '.join(map(str, job))} {rows[0][-1]:.4f} to {[r for r in rows if r[0] == job[0]][-1][-1]:.4f}", flush=True)
+    summary()
+
+
+def summary():
+    """Means over the seeds, with the smallest and largest"""
+    groups = {}
+    for r in read_csv("papers.csv"):
+        groups.setdefault(tuple(r[k] for k in COLUMNS[:3] + COLUMNS[4:6]), []).append(float(r["value"]))
+    print("experiment, data, variant, step, length: mean over the seeds (smallest to largest)")
+    for key, values in groups.items():
+        print(f"  {', '.join(key):58} {statistics.mean(values):7.3f} ({min(values):.3f} to {max(values):.3f})")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Plots: one idea each, a variant always in the same colour and with the same marker, so that they also read in grey
 
-STYLE = dict(gpt2=("#222222", "o", "-"), rope=("#1f77b4", "s", "--"), gqa=("#ff7f0e", "^", "-."), swa=("#2ca02c", "D", ":"), modern=("#d62728", "v", "-"),
-             full=("#222222", "o", "-"), masked=("#888888", "x", "--"), blocks=("#2ca02c", "D", ":"))
+STYLE = dict(gpt2=("#222222", "o", "-"), rope=("#1f77b4", "s", "--"), gqa=("#ff7f0e", "^", "-."), swa=("#2ca02c", "D", ":"),
+             modern=("#d62728", "v", (0, (5, 1, 1, 1, 1, 1))), rope_swa=("#17becf", "P", (0, (4, 2))), masked=("#999999", "x", (0, (1, 1))),
+             random=("#8c564b", "x", ":"), first=("#9467bd", "<", "--"), mean=("#ff7f0e", "^", "-."))
 
 
 def plots():
@@ -550,110 +644,133 @@ def plots():
         raise InputError("plots need matplotlib: pip install -r requirements-dev.txt") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False})
+    cost, claims = read_csv("variants.csv"), read_csv("papers.csv")
 
-    def read(name):
-        with open(HERE / "assets" / name, encoding="utf-8") as f:
-            return list(csv.DictReader(line for line in f if not line.startswith("#")))
+    def measured(what, variant, scale=1.0):
+        """{T: (smallest, median, largest)}"""
+        return {int(r["T"]): [scale * float(r[k]) for k in ("low", "median", "high")] for r in cost if (r["what"], r["variant"]) == (what, variant)}
+
+    def seeds(experiment, variant, dataset="shakespeare", by="step", **only):
+        """{step, or another column: (smallest, mean, largest) of the seeds}"""
+        points = {}
+        for r in claims:
+            if (r["experiment"], r["variant"], r["data"]) == (experiment, variant, dataset) and all(r[k] == str(v) for k, v in only.items()):
+                points.setdefault(int(r[by]), []).append(float(r["value"]))
+        return {x: (min(v), statistics.mean(v), max(v)) for x, v in points.items()}
+
+    def last(experiment, variant, dataset="shakespeare"):
+        """The same after the last step, without the step"""
+        points = seeds(experiment, variant, dataset)
+        return points[max(points)]
 
     def figure(title, *axes):
-        fig, ax = plt.subplots(1, len(axes), figsize=(4.2 * len(axes), 3.2), squeeze=False)
+        fig, ax = plt.subplots(1, len(axes), figsize=(3.7 * len(axes), 3.2), squeeze=False)
         fig.suptitle(title, fontsize=10)
         for a, (x, y) in zip(ax[0], axes):
             a.set(xlabel=x, ylabel=y)
-        return fig, ax[0]
-
-    def save(fig, name):
-        fig.tight_layout()
-        fig.savefig(HERE / "assets" / f"{name}.png", dpi=130)
-        plt.close(fig)
+        return fig, *ax[0]
 
     def logarithmic(ax, xs):
         ax.set_xscale("log", base=2)
         ax.set_xticks(xs, [f"{x:,}" for x in xs])
         ax.minorticks_off()
 
-    def line(ax, label, points, style=None, scale=1.0):
-        """points: x -> list of values; their median, and a bar from the smallest to the largest"""
-        colour, marker, dashes = STYLE[style or label]
-        xs = sorted(points)
-        mid = [statistics.median(points[x]) * scale for x in xs]
-        ends = [[m - min(points[x]) * scale for m, x in zip(mid, xs)], [max(points[x]) * scale - m for m, x in zip(mid, xs)]]
-        ax.errorbar(xs, mid, ends, label=label, color=colour, marker=marker, linestyle=dashes, markersize=4, capsize=2, linewidth=1.4)
+    def line(ax, label, points, style, joined=True):
+        """points: {x: (low, middle, high)}: a line through the middles, bars from low to high"""
+        colour, marker, dashes = STYLE[style]
+        low, mid, high = zip(*(points[x] for x in sorted(points)))
+        ends = [[m - x for m, x in zip(mid, low)], [x - m for m, x in zip(mid, high)]]
+        ax.errorbar(sorted(points), mid, ends, label=label, color=colour, marker=marker, linestyle=dashes if joined else "", markersize=4,
+                    capsize=2, linewidth=1.4, elinewidth=0.8)
 
-    cost, claims = read("variants.csv"), read("papers.csv")
+    def save(fig, name):
+        fig.tight_layout()
+        fig.savefig(HERE / "assets" / f"{name}.png", dpi=130)
+        plt.close(fig)
 
-    def measured(what, variant):
-        return {int(r["T"]): [float(r["low"]), float(r["median"]), float(r["high"])] for r in cost if r["what"] == what and r["variant"] == variant}
-
-    def loss(experiment, variant, dataset="shakespeare", by="step", **only):
-        points = {}
-        for r in claims:
-            if (r["experiment"], r["variant"], r["data"]) == (experiment, variant, dataset) and all(r[k] == str(v) for k, v in only.items()):
-                points.setdefault(int(r[by]), []).append(float(r["loss"]))
-        return points
-
-    # 1: windows make attention linear
-    fig, (time_, memory) = figure("Attention alone, 12 heads of 64, W = 256", ("tokens T", "forward, ms"), ("tokens T", "forward and backward, MB"))
-    for form in ("full", "masked", "blocks"):
-        line(time_, form, measured("attention", form), scale=1e3)
-        line(memory, form, measured("attention memory", form))
-    for ax in (time_, memory):
-        logarithmic(ax, sorted(measured("attention", "full")))
-        ax.set_yscale("log")
-    time_.legend(frameon=False)
-    save(fig, "attention")
-
-    # 2: what one more token costs
-    fig, (size, speed) = figure("Decoding, batch 1", ("tokens of context", "cache of GPT-2 124M in float32, MB"), ("tokens of context", "one more token, ms"))
+    # 1: what it costs
+    fig, attend_, size, speed = figure("Cost: attention alone, the cache, and one more token", ("tokens T", "attention, forward and backward, ms"),
+                                       ("tokens of context", "cache of GPT-2 124M in float32, MB"), ("tokens of context", "one more token, four blocks, ms"))
+    for name, label, style in (("full", "full", "gpt2"), ("masked", "masked: W = 256", "masked"), ("blocks", "in blocks: W = 256", "swa")):
+        line(attend_, label, measured("attention", name, 1e3), style)
     lengths = [2**n for n in range(8, 16)]
     for name, switches in VARIANTS.items():
-        line(size, name, {n: [cache_bytes(GPTConfig(**switches), n) / 1e6] for n in lengths})
-        line(speed, name, measured("decode", name), scale=1e3)
-    logarithmic(size, lengths[::2])
-    size.set_yscale("log")
-    logarithmic(speed, sorted(measured("decode", "gpt2")))
+        line(size, name, {n: 3 * [cache_bytes(GPTConfig(**switches), n) / 1e6] for n in lengths}, name)
+        line(speed, name, measured("decode", name, 1e3), name)
+    for ax, xs in ((attend_, (1024, 4096, 16384)), (size, lengths[::2]), (speed, sorted(measured("decode", "gpt2")))):
+        logarithmic(ax, xs)
+    for ax, ys in ((attend_, (10, 100, 1000, 10000)), (size, (10, 100, 1000))):
+        ax.set_yscale("log")
+        ax.set_yticks(ys, [f"{y:,}" for y in ys])
     speed.set_ylim(bottom=0)
-    size.legend(frameon=False)
-    save(fig, "decode")
+    attend_.legend()
+    size.legend()
+    save(fig, "cost")
 
-    # 3: RoPE
-    fig, (course, length) = figure("Rotary against learned positions, tiny Shakespeare, trained on 128 tokens, three seeds",
-                                   ("step", "validation loss"), ("tokens read at once", "validation loss after training"))
+    # 2: RoPE
+    fig, course, length = figure("Rotary against learned positions: tiny Shakespeare, trained on 128 characters",
+                                 ("step", "validation loss"), ("characters read at once", "loss of the last 64"))
     for name in ("gpt2", "rope"):
-        line(course, name, {k: v for k, v in loss("train", name).items() if k})
-    for name, label in (("gpt2", "gpt2"), ("rope", "rope"), ("rope+W32", "swa"), ("modern", "modern")):
-        line(length, {"swa": "rope + swa"}.get(label, label), loss("length", name, by="length"), style=label)
+        line(course, name, {step: loss for step, loss in seeds("train", name).items() if step}, name)
+    for name, label, style in (("rope", "rope", "rope"), ("rope+W32", "rope, W = 32", "rope_swa"),
+                               ("modern", "rope, gqa, W = 32", "modern")):
+        line(length, label, seeds("length", name, by="length"), style)
     logarithmic(length, LENGTHS)
-    course.legend(frameon=False)
-    length.legend(frameon=False)
+    course.legend()
+    length.legend()
     save(fig, "rope")
 
-    # 4: GQA
-    fig, (heads, steps) = figure("Fewer key/value heads, tiny Shakespeare, eight query heads, three seeds", ("key/value heads", "validation loss"),
-                                 ("steps of uptraining (30 = 10%)", "validation loss"))
-    line(heads, "gqa", {n: loss("train", name, step=300)[300] for n, name in ((8, "gpt2"), (4, "kv4"), (2, "kv2"), (1, "kv1"))})
+    # 3: GQA
+    fig, heads, steps = figure("Fewer key/value heads for eight query heads: tiny Shakespeare", ("key/value heads", "validation loss, trained so from the start"),
+                               ("steps of training after conversion (30 = 10%)", "validation loss, 2 heads"))
+    line(heads, "8 = multi-head", {8: last("train", "gpt2")}, "gpt2")
+    line(heads, "grouped", {n: last("train", f"kv{n}") for n in (4, 2, 1)}, "gqa")
     logarithmic(heads, (1, 2, 4, 8))
-    for name, style in (("random", "masked"), ("first", "swa"), ("mean", "gqa")):
-        line(steps, f"2 heads, {name}", loss("convert", f"kv2 {name}"), style)
-    line(steps, "all 8 heads", loss("convert", "multi-head"), "gpt2")
-    steps.legend(frameon=False)
+    for how in CONVERT[::-1]:
+        line(steps, f"from the {how}" if how != "random" else how, seeds("convert", f"kv2 {how}"), how)
+    line(steps, "not converted", seeds("convert", "multi-head"), "gpt2")
+    heads.legend()
+    steps.legend()
     save(fig, "gqa")
 
-    # 5: windows
-    fig, (width, depth) = figure("Windows, four layers, tiny Shakespeare, three seeds", ("window W (128 = full attention)", "validation loss"),
-                                 ("", "validation loss"))
-    line(width, "swa", {w: loss("train", name, step=300)[300] for w, name in ((8, "W8"), (16, "W16"), (32, "W32"), (64, "W64"), (128, "gpt2"))})
+    # 4: windows
+    fig, width, depth, recall = figure("Windows: what is near helps early, what is out of sight is gone", ("window W, Python library", "validation loss"),
+                                       ("four windows of mean 32, tiny Shakespeare", "validation loss"), ("window, with rope", "loss on lines said twice, 25 apart"))
+    for steps, experiment, style, windows in ((300, "train", "swa", (8, 16, 32, 64)), (900, "longer", "rope_swa", (8,))):
+        line(width, f"{steps} steps", {w: last(experiment, f"W{w}", "stdlib") for w in windows}, style)
+        line(width, f"full, {steps} steps", {128: last(experiment, "gpt2", "stdlib")}, "gpt2" if steps == 300 else "masked")
     logarithmic(width, (8, 16, 32, 64, 128))
-    line(depth, "swa", {i: loss("train", name, step=300)[300] for i, name in enumerate(("shrinking", "W32", "growing"))})
-    depth.set_xticks(range(3), ["shrinking\n56 40 24 8", "fixed\n32", "growing\n8 24 40 56"])
+    width.legend(fontsize=7)
+    for i, name in enumerate(("shrinking", "W32", "growing")):
+        line(depth, name, {i: last("train", name)}, "swa", joined=False)
+    depth.set_xticks(range(3), ["56 40\n24 8", "32 32\n32 32", "8 24\n40 56"])
+    depth.set_xlim(-0.5, 2.5)
+    for i, name in enumerate(PARTS["recall"][2]):
+        line(recall, name, {i: last("recall", name, "recall")}, "rope" if name == "rope" else "rope_swa", joined=False)
+    recall.set_xticks(range(6), ["4", "8", "16", "32", "4 full\n4 full", "full"])
+    recall.set_xlim(-0.5, 5.5)
     save(fig, "windows")
+
+    # 5: all three
+    fig, seconds, ladder = figure("All three together", ("seconds of training, one core (T = 1,024, Python library)", "validation loss"),
+                                  ("", "validation loss, 300 steps (T = 128, tiny Shakespeare)"))
+    for name, label, style in (("gpt2", "gpt2, 300 steps", "gpt2"), ("modern", "all three, 300 steps", "modern"), ("modern 540 steps", "all three, 540 steps", "rope_swa")):
+        times_, losses = seeds("seconds", name, "stdlib"), seeds("time", name, "stdlib")
+        line(seconds, label, {times_[step][1]: losses[step] for step in losses if step}, style)
+    seconds.legend()
+    names = dict(gpt2="gpt2", kv2="2 of 8\nkv heads", rope="rope", W32="W = 32", modern="all\nthree")
+    for i, (name, style) in enumerate(zip(names, ("gpt2", "gqa", "rope", "swa", "modern"))):
+        line(ladder, name, {i: last("train", name)}, style, joined=False)
+    ladder.set_xticks(range(5), names.values())
+    ladder.set_xlim(-0.5, 4.5)
+    save(fig, "together")
 
 
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = dict(papers=papers, attention=attention, decode=decode, endless=endless, processes=processes)
-    parser.add_argument("what", nargs="*", help="a command, or config files; nothing = the variants")
+    commands = dict(attention=attention, decode=decode, endless=endless, processes=processes)
+    parser.add_argument("what", nargs="*", help="a command (and of papers the parts), or config files; nothing = the variants")
     parser.add_argument("--nanogpt", metavar="FOLDER", help="a clone of nanoGPT to run beside: steps, start")
     parser.add_argument("--csv", action="store_true", help="write assets/variants.csv")
     parser.add_argument("--plot", action="store_true", help="the same, and draw assets/*.png anew")
@@ -668,10 +785,13 @@ def main(argv):
         commands[what]()
     elif what in ("steps", "start"):
         dict(steps=steps, start=start)[what](nanogpt)
+    elif what == "papers":
+        papers(args.what[1:])
     elif what == "plots":
         plots()
+        summary()
     elif what and not what.endswith(".py"):
-        raise InputError(f"{what} is neither a command nor a config file: {', '.join([*commands, 'steps', 'start', 'plots'])}")
+        raise InputError(f"{what} is neither a command nor a config file: {', '.join([*commands, 'steps', 'start', 'papers', 'plots'])}")
     else:
         variants(args.what, args.csv or args.plot)
         if args.plot:
