@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -105,15 +105,15 @@ def added_mb(f):
     return peak_mb() - before
 
 
-@contextmanager
+def as_worker():
+    """Ctrl-C is for the process that started this one; and train.py must not answer that one's SIGTERM by finishing its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal = lambda *args: signal.SIG_DFL
+
+
 def workers(n, **options):
-    """n processes beside this one, which alone answers Ctrl-C"""
-    with multiprocessing.get_context("spawn").Pool(n, signal.signal, (signal.SIGINT, signal.SIG_IGN), **options) as pool:
-        try:
-            yield pool
-        finally:
-            for process in multiprocessing.active_children():   # a training would answer the pool's SIGTERM by finishing its step
-                process.kill()
+    """n processes beside this one"""
+    return multiprocessing.get_context("spawn").Pool(n, as_worker, **options)
 
 
 def machine():
@@ -274,7 +274,7 @@ def attention():
         for T in (1024, 2048, 4096, 8192, 16384):
             forms = {name: f for name, f in FORMS.items() if T < 16384 or name != "masked"}   # whose mask alone is 1 GB there
             memory = pool.map(backward_memory, [(form, T) for form in forms], chunksize=1)
-            repeat, heads = 15 if T < 4096 else 5 if T < 8192 else 3, qkv(T)
+            repeat, heads = 9 if T < 4096 else 3 if T < 8192 else 2, qkv(T)
             with torch.no_grad():
                 forward = times(*(lambda form=form: FORMS[form](*heads.split(12, dim=1), WINDOW) for form in forms), repeat=repeat)
             heads.requires_grad_()
@@ -697,7 +697,7 @@ def plots():
     lengths = [2**n for n in range(8, 16)]
     for name, switches in VARIANTS.items():
         line(size, name, {n: 3 * [cache_bytes(GPTConfig(**switches), n) / 1e6] for n in lengths}, name)
-        line(speed, name, measured("decode", name, 1e3), name)
+        line(speed, name, {n: 3 * [middle] for n, (_, middle, _) in measured("decode", name, 1e3).items()}, name)   # bars would hide each other
     for ax, xs in ((attend_, (1024, 4096, 16384)), (size, lengths[::2]), (speed, sorted(measured("decode", "gpt2")))):
         logarithmic(ax, xs)
     for ax, ys in ((attend_, (10, 100, 1000, 10000)), (size, (10, 100, 1000))):
@@ -735,13 +735,11 @@ def plots():
     save(fig, "gqa")
 
     # 4: windows
-    fig, width, depth, recall = figure("Windows: what is near helps early, what is out of sight is gone", ("window W, Python library", "validation loss"),
-                                       ("four windows of mean 32, tiny Shakespeare", "validation loss"), ("window, with rope", "loss on lines said twice, 25 apart"))
-    for steps, experiment, style, windows in ((300, "train", "swa", (8, 16, 32, 64)), (900, "longer", "rope_swa", (8,))):
-        line(width, f"{steps} steps", {w: last(experiment, f"W{w}", "stdlib") for w in windows}, style)
-        line(width, f"full, {steps} steps", {128: last(experiment, "gpt2", "stdlib")}, "gpt2" if steps == 300 else "masked")
-    logarithmic(width, (8, 16, 32, 64, 128))
-    width.legend(fontsize=7)
+    fig, course, depth, recall = figure("Windows: a head start, and what is out of sight is gone", ("step, Python library", "validation loss"),
+                                        ("four windows of mean 32, tiny Shakespeare", "validation loss"), ("window, with rope", "loss on lines said twice, 25 apart"))
+    for name, label, style in (("gpt2", "full attention", "gpt2"), ("W8", "W = 8", "swa"), ("rope", "full, with rope", "rope")):
+        line(course, label, {step: loss for step, loss in seeds("longer", name, "stdlib").items() if step}, style)
+    course.legend()
     for i, name in enumerate(("shrinking", "W32", "growing")):
         line(depth, name, {i: last("train", name)}, "swa", joined=False)
     depth.set_xticks(range(3), ["56 40\n24 8", "32 32\n32 32", "8 24\n40 56"])
@@ -753,11 +751,11 @@ def plots():
     save(fig, "windows")
 
     # 5: all three
-    fig, seconds, ladder = figure("All three together", ("seconds of training, one core (T = 1,024, Python library)", "validation loss"),
-                                  ("", "validation loss, 300 steps (T = 128, tiny Shakespeare)"))
+    fig, seconds, ladder = figure("All three together", ("seconds of training, the fastest of three seeds", "validation loss, T = 1,024, Python library"),
+                                  ("", "validation loss, T = 128, tiny Shakespeare"))
     for name, label, style in (("gpt2", "gpt2, 300 steps", "gpt2"), ("modern", "all three, 300 steps", "modern"), ("modern 540 steps", "all three, 540 steps", "rope_swa")):
         times_, losses = seeds("seconds", name, "stdlib"), seeds("time", name, "stdlib")
-        line(seconds, label, {times_[step][1]: losses[step] for step in losses if step}, style)
+        line(seconds, label, {times_[step][0]: losses[step] for step in losses if step}, style)
     seconds.legend()
     names = dict(gpt2="gpt2", kv2="2 of 8\nkv heads", rope="rope", W32="W = 32", modern="all\nthree")
     for i, (name, style) in enumerate(zip(names, ("gpt2", "gqa", "rope", "swa", "modern"))):
