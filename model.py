@@ -69,8 +69,8 @@ class GPTConfig:
         if self.use_gqa != (self.n_kv_head is not None):
             raise InputError(f"use_gqa={self.use_gqa} with n_kv_head={self.n_kv_head}: set both or neither")
         if self.use_gqa and (not isinstance(self.n_kv_head, int) or self.n_kv_head < 1 or self.n_head % self.n_kv_head):
-            raise InputError(f"n_head={self.n_head} with n_kv_head={self.n_kv_head}: n_kv_head must be a whole number that divides "
-                             f"n_head, for each key/value head serves n_head/n_kv_head query heads")
+            raise InputError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}, or that is no whole number: "
+                             f"each key/value head serves n_head/n_kv_head query heads")
         if self.use_swa != (self.window_size is not None):
             raise InputError(f"use_swa={self.use_swa} with window_size={self.window_size}: set both or neither")
         if isinstance(self.window_size, list):

@@ -23,9 +23,11 @@ from prepare_data import Tokenizer
 
 def load(init_from, out_dir):
     """-> model in eval mode, its tokenizer"""
-    if not init_from and not any((Path(out_dir) / name).exists() for name in ("best.pt", "ckpt.pt")):
+    # out_dir may hold an export as well: the run in it is meant
+    path = init_from or next((p for p in (Path(out_dir) / "best.pt", Path(out_dir) / "ckpt.pt") if p.exists()), None)
+    if path is None:
         raise InputError(f"{out_dir} holds no best.pt or ckpt.pt: train one with train.py, or try --init_from=gpt2")
-    model = GPT.from_pretrained(init_from or out_dir)
+    model = GPT.from_pretrained(path)
     if model.tokenizer is None:
         raise InputError(f"{init_from} does not tell what its {model.config.vocab_size} token ids mean: a folder of weights has no tokenizer; "
                          f"for a run of train.py use --out_dir")
