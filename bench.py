@@ -98,13 +98,6 @@ def peak_mb(reset=False):
         return float("nan")
 
 
-def added_mb(f):
-    """The most memory that f() holds on top of what is held before it"""
-    before = peak_mb(reset=True)
-    f()
-    return peak_mb() - before
-
-
 def as_worker():
     """Ctrl-C is for the process that started this one; and train.py must not answer that one's SIGTERM by finishing its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -114,6 +107,20 @@ def as_worker():
 def workers(n, **options):
     """n processes beside this one"""
     return multiprocessing.get_context("spawn").Pool(n, as_worker, **options)
+
+
+def added_mb(make, *jobs):
+    """The most memory that make(*job)() holds on top of what is held before it, in MB, for each job in a process of its own"""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)   # glibc: what a tensor frees goes back to the system, or it would count as held
+    with workers(1, maxtasksperchild=1) as pool:
+        return pool.starmap(_added_mb, [(make, *job) for job in jobs], chunksize=1)
+
+
+def _added_mb(make, *job):
+    f = make(*job)
+    before = peak_mb(reset=True)
+    f()
+    return peak_mb() - before
 
 
 def machine():
@@ -138,6 +145,13 @@ def training_step(model, B, T, device, bf16, theirs=False):
         for o in optimizers:
             o.step()
         model.zero_grad(set_to_none=True)
+    return step
+
+
+def later_step(config, T, device, bf16):
+    """A training step of one sequence after the first one, which makes the optimizer's averages"""
+    step = training_step(GPT(config), 1, T, device, bf16)
+    step()
     return step
 
 
@@ -197,11 +211,9 @@ def variants(files, write_csv):
                for name, config in (configs | given).items()}
     models = {name: GPT(config) for name, config in configs.items()}
     steps = {name: training_step(model, 1, T, device, bf16) for name, model in models.items()}
-    memory = {}
-    for name, step in steps.items():
-        step()
-        memory[name] = [added_mb(step)]
-    measured = {("step", T): dict(zip(models, times(*steps.values(), repeat=5))), ("memory", T): memory}
+    measured = {("step", T): dict(zip(models, times(*steps.values(), repeat=5)))}
+    memory = added_mb(later_step, *((config, T, device, bf16) for config in configs.values()))
+    measured["memory", T] = {name: [mb] for name, mb in zip(configs, memory)}
     for model in models.values():
         model.eval()
     torch.backends.cuda.enable_flash_sdp(True)
@@ -255,37 +267,29 @@ def qkv(T, H=12, D=64):
     return torch.randn(1, T, 3 * H, D, device="cuda" if torch.cuda.is_available() else "cpu").transpose(1, 2)   # as c_attn leaves them
 
 
-def there_and_back(form, heads):
-    """Forward and backward: what training takes"""
-    FORMS[form](*heads.split(12, dim=1), WINDOW).sum().backward()
-
-
-def backward_memory(args):
-    """Peak memory of forward and backward, in a process of its own: (form, T) -> MB above what stood before"""
-    form, T = args
+def there_and_back(form, T):
+    """-> a function that does forward and backward, as training does"""
     heads = qkv(T).requires_grad_()
-    return added_mb(lambda: there_and_back(form, heads))
+    return lambda: FORMS[form](*heads.split(12, dim=1), WINDOW).sum().backward()
 
 
 def attention():
     """Time and memory of full, masked and blocked attention against the length of the text -> records"""
     records, rows = [], {}
-    with workers(1, maxtasksperchild=1) as pool:
-        for T in (1024, 2048, 4096, 8192, 16384):
-            forms = {name: f for name, f in FORMS.items() if T < 16384 or name != "masked"}   # whose mask alone is 1 GB there
-            memory = pool.map(backward_memory, [(form, T) for form in forms], chunksize=1)
-            repeat, heads = 9 if T < 4096 else 3 if T < 8192 else 2, qkv(T)
-            with torch.no_grad():
-                forward = times(*(lambda form=form: FORMS[form](*heads.split(12, dim=1), WINDOW) for form in forms), repeat=repeat)
-            heads.requires_grad_()
-            both = times(*(lambda form=form: there_and_back(form, heads) for form in forms), repeat=repeat)
-            cells = {form: [f"{1e3 * statistics.median(f):,.0f}, {ms(t).strip()}, {mb:.0f} MB"] for form, f, t, mb in zip(forms, forward, both, memory)}
-            faster = [f"{statistics.median(taken[0]) / statistics.median(taken[-1]):.1f}" for taken in (forward, both)]
-            rows[f"{T:,}"] = [*(cells.get(form, ["-"])[0] for form in FORMS), ", ".join(faster)]
-            for form, f, t, mb in zip(forms, forward, both, memory):
-                records.append(("attention forward", form, T, statistics.median(f), min(f), max(f)))
-                records.append(("attention", form, T, statistics.median(t), min(t), max(t)))
-                records.append(("attention memory", form, T, mb, mb, mb))
+    for T in (1024, 2048, 4096, 8192, 16384):
+        forms = {name: f for name, f in FORMS.items() if T < 16384 or name != "masked"}   # whose mask alone is 1 GB there, in float32
+        memory = added_mb(there_and_back, *((form, T) for form in forms))
+        repeat, heads = 9 if T < 4096 else 3 if T < 8192 else 2, qkv(T)
+        with torch.no_grad():
+            forward = times(*(lambda form=form: FORMS[form](*heads.split(12, dim=1), WINDOW) for form in forms), repeat=repeat)
+        both = times(*(there_and_back(form, T) for form in forms), repeat=repeat)
+        cells = {form: [f"{1e3 * statistics.median(f):,.0f}, {ms(t).strip()}, {mb:.0f} MB"] for form, f, t, mb in zip(forms, forward, both, memory)}
+        faster = [f"{statistics.median(taken[0]) / statistics.median(taken[-1]):.1f}" for taken in (forward, both)]
+        rows[f"{T:,}"] = [*(cells.get(form, ["-"])[0] for form in FORMS), ", ".join(faster)]
+        for form, f, t, mb in zip(forms, forward, both, memory):
+            records.append(("attention forward", form, T, statistics.median(f), min(f), max(f)))
+            records.append(("attention", form, T, statistics.median(t), min(t), max(t)))
+            records.append(("attention memory", form, T, mb, mb, mb))
     table(f"Attention, 12 heads of 64, W = {WINDOW}, float32: ms forward, ms forward and backward, memory of both",
           ["full", "masked", "in blocks", "full / blocks"], rows)
     return records
@@ -318,14 +322,11 @@ def steps(nanogpt):
         for run, seconds in zip(runs, taken):
             print(f"  {run:22} {ms([s / n for s in seconds]):36} {statistics.median(taken[-1]) / statistics.median(seconds):5.2f} times as fast as the last")
     print("a training step, GPT-2 124M, 1 x 4,096; memory above parameters and optimizer")
-    runs, memory = {}, {}
-    for name in ("modern", "gpt2"):
-        runs[name] = training_step(GPT(GPTConfig(block_size=4096, **VARIANTS[name])), 1, 4096, device, bf16)
-        runs[name]()
-        memory[name] = added_mb(runs[name])
-    taken = times(*runs.values(), repeat=3)
-    for run, seconds in zip(runs, taken):
-        print(f"  {run:22} {ms(seconds):36} {statistics.median(taken[-1]) / statistics.median(seconds):5.2f} times as fast as the last, {memory[run]:,.0f} MB")
+    configs = {name: GPTConfig(block_size=4096, **VARIANTS[name]) for name in ("modern", "gpt2")}
+    memory = added_mb(later_step, *((config, 4096, device, bf16) for config in configs.values()))
+    taken = times(*(training_step(GPT(config), 1, 4096, device, bf16) for config in configs.values()), repeat=3)
+    for run, seconds, mb in zip(configs, taken, memory):
+        print(f"  {run:22} {ms(seconds):36} {statistics.median(taken[-1]) / statistics.median(seconds):5.2f} times as fast as the last, {mb:,.0f} MB")
 
 
 RECIPE = ("--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 "

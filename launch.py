@@ -201,7 +201,8 @@ def join():
         raise InputError("RANK is set, but not all that torchrun sets besides: start several processes with torchrun, one without RANK")
     store, rank, world = next(rendezvous("env://"))
     store = dist.PrefixStore(agree(store, rank, world), store)
-    dist.init_process_group(store=store, rank=rank, world_size=world)   # no backend named: gloo sends CPU tensors, NCCL GPU tensors
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()   # both, for across() sends CPU tensors; unnamed, only one is made
+    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", store=store, rank=rank, world_size=world)
     if rank > 0:
         sys.stdout = open(os.devnull, "w")   # rank 0 speaks for all
     return store, rank, world
@@ -346,8 +347,8 @@ def explain(e):
     if isinstance(e, KeyboardInterrupt):
         return "interrupted"
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and "allocate" in str(e):
-        return ("error: not enough memory: a smaller micro_batch_size, block_size or n_embd takes less, as do --checkpoint_activations "
-                "and, on several GPUs, --fsdp")
+        return ("error: not enough memory: in training a smaller micro_batch_size, block_size or n_embd takes less, as do "
+                "--checkpoint_activations and, on several GPUs, --fsdp; in sampling --dtype=bfloat16, or --device=cpu")
     if isinstance(e, dist.DistNetworkError) or re.search("closed by peer|reset by peer|Broken pipe|remote process exited", str(e)):
         return f"error: another process is gone ({text:.200}); go on from the last checkpoint with --init_from=auto"
     return "".join(traceback.format_exception(e)).rstrip()

@@ -92,7 +92,7 @@ def rotate(x, pos, theta):
     """
     Turn each pair of channels by an angle proportional to the token's position: x (B,H,T,D), pos (T,) -> (B,H,T,D).
 
-    Channel d is paired with channel d + D/2, as in the released models (the paper pairs neighbours: the same up to a
+    Channel d is paired with channel d + D/2, as in Hugging Face's files (the paper pairs neighbours: the same up to a
     permutation of channels). Pair d turns by pos * theta^(-2d/D). A product of a turned query and a turned key depends on
     the difference of the angles alone, so on how far apart the tokens are (RoFormer, equations 11 to 16). In float32:
     bfloat16 cannot tell position 257 from 256. Angles are made anew in each layer: no table to move, cast or outgrow.

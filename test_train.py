@@ -710,6 +710,21 @@ def test_one_GPU_is_chosen_by_its_number(monkeypatch):
     assert chosen == [0, 0, 1]
 
 
+def test_CPU_and_GPU_tensors_both_find_their_way_to_other_processes(monkeypatch):
+    """across() sends CPU tensors, DDP and FSDP GPU tensors. torch makes a backend for the latter alone where none is named."""
+    dist, named = torch.distributed, []
+    monkeypatch.setattr(launch, "rendezvous", lambda url: iter([(dist.HashStore(), 0, 1)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend=None, **others: named.append(backend))
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    for gpu in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+        launch.join()
+    backends = [dist.distributed_c10d.BackendConfig(dist.Backend(name)).get_device_backend_map() for name in named]
+    assert backends[0] == {"cpu": "gloo", "cuda": "nccl"} and backends[1]["cpu"] == "gloo"
+
+
 def test_bf16_trains_too(capsys):
     train.main([*TINY, "--dtype=bfloat16", "--max_iters=6"])
     assert float(rows()[-1]["val_loss"]) < float(rows()[0]["val_loss"])
@@ -959,6 +974,10 @@ def test_what_is_given_counts_even_where_it_is_the_default():
 def test_export_into_the_folder_of_a_run_does_not_hide_the_run(capsys):
     train.main(TINY)
     GPT.from_pretrained("out").save_pretrained("out")
+    Path("out/model.safetensors").write_bytes(b"cut off")   # who reads it notices
+    capsys.readouterr()
+    train.main([*TINY, "--init_from=resume"])
+    assert "more of it" in capsys.readouterr().out
     sample.main(["--out_dir=out", "--max_new_tokens=5", "--device=cpu"])
 
 

@@ -103,9 +103,8 @@ def load_config(argv):
 
 def wrap(model, c, micro, bf16, autocast, device):
     """Set up the mode: alone, DDP or FSDP -> the module that the loop calls in place of the model"""
-    blocks = list(model.h)
     if c.checkpoint_activations:
-        for block in blocks:
+        for block in model.h:
             block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
     if c.compile or c.compile is None and device.type == "cuda":
         lacks = launch.why_no_compiler(device)
@@ -113,7 +112,8 @@ def wrap(model, c, micro, bf16, autocast, device):
             print(f"torch.compile failed, going on without it: {lacks or 'on another machine'}")
         else:
             print("torch.compile: the first steps take up to a few minutes")
-            for part in blocks if c.fsdp else [model]:   # FSDP puts its work between the blocks
+            torch._dynamo.config.recompile_limit = 8 + 2 * len(model.h)   # blocks share their code, each window compiles it anew
+            for part in model.h if c.fsdp else [model]:   # FSDP puts its work between the blocks
                 part.forward = torch.compile(part.forward)
 
     if c.fsdp:
@@ -122,7 +122,7 @@ def wrap(model, c, micro, bf16, autocast, device):
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
         # In place: the model stays the object it was, but its parameters are now DTensors, each rank's part of them
         # (full_tensor() joins the parts), and it gains reshard() and set_requires_gradient_sync().
-        for block in blocks:   # moved to the device and cut one by one: no device ever holds all
+        for block in model.h:   # moved to the device and cut one by one: no device ever holds all
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=c.reshard_after_forward)
         return fully_shard(model, mesh=mesh, mp_policy=policy)   # what is left, embedding and tied head in one group
     model.to(device)
@@ -293,8 +293,7 @@ def train(c, gpt_config, given, argv, store, rank, world):
     # for short sequences in bfloat16 on a CPU, torch 2.13's flash attention takes twice the time of plain products, or more
     shortest = min(filter(None, (block_size, *model.config.windows)))
     torch.backends.cuda.enable_flash_sdp(not (bf16 and device.type == "cpu" and shortest < 256))   # despite its name, of the CPU too
-    train_data = Data(folder, meta, "train", block_size, c.seed)
-    val_data = Data(folder, meta, "val", block_size, c.seed)
+    train_data, val_data = (Data(folder, meta, split, block_size, c.seed) for split in ("train", "val"))
     tokens_per_step = c.batch_size * block_size
     switches = [name for name in ("rope", "gqa", "swa") if getattr(model.config, f"use_{name}")]
     print(f"model: {'+'.join(switches) or 'gpt2'}, {model.num_params() / 1e6:.2f}M parameters; "
@@ -414,14 +413,16 @@ def train(c, gpt_config, given, argv, store, rank, world):
     if rank > 0:
         return
     if stopping:
-        launcher = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if store else "python"
+        here = os.environ.get("LOCAL_WORLD_SIZE")   # of several machines only they know how they met: ...
+        launcher = f"torchrun --nproc_per_node={here}{'' if here == str(world) else ' ...'}" if store else "python"
         resume = " --init_from=resume" if (out / "ckpt.pt").exists() else ""   # before the first step there is nothing to resume
         print(f"{stop[0] if stop else 'a signal'}: stopped at step {step:,}; go on with\n  {launcher} train.py {shlex.join(argv)}{resume}")
         return
     curve = [float(r["val_loss"]) for r in log.rows if r["val_loss"]]
     print(f"\nvalidation loss {curve[0]:.2f} {launch.sparkline(curve)} {curve[-1]:.4f}, the best {best_val_loss:.4f}, in {clock(log.elapsed())}\n")
     tokenizer = Tokenizer(meta["tokenizer"])
-    best = GPT.from_pretrained(out).to(device)   # whole, also where training had cut it
+    best = next(path for path in (out / "best.pt", out / "ckpt.pt") if path.exists())
+    best = GPT.from_pretrained(best).to(device)   # whole, also where training had cut it
     tokens = best.generate(torch.tensor([[tokenizer.start]], device=device), 256, top_k=200, vocab_size=tokenizer.vocab_size)
     print(f"{tokenizer.decode(tokens[0, 1:].tolist())}\n\nmore of it: python sample.py --out_dir={c.out_dir}")
 
