@@ -210,8 +210,8 @@ def save(model, folder):
                       rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta), hidden_act="gelu_pytorch_tanh", norm_epsilon=1e-5,
                       use_bias=True, residual_dropout=c.dropout, embedding_dropout=c.dropout, attention_dropout=c.dropout)
     else:
-        raise InputError(f"use_rope={c.use_rope}, use_gqa={c.use_gqa}, use_swa={c.use_swa}, window_size={c.window_size}: no public "
-                         f"architecture is that. gpt2 has no switch on, starcoder2 has RoPE and one window for all layers. "
+        raise InputError(f"use_rope={c.use_rope}, use_gqa={c.use_gqa}, use_swa={c.use_swa}, window_size={c.window_size}: neither "
+                         f"format we write holds it: gpt2 has no switch on, starcoder2 has RoPE and one window for all layers. "
                          f"train.py's checkpoint keeps it")
 
     tensors = {name: p.detach() for name, p in model.named_parameters()}   # a tied head is listed once, as wte
