@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import weights
 from launch import choose_device, run, why_no_compiler
 from model import GPT, InputError, check_sampling
 from prepare_data import Tokenizer
@@ -23,8 +24,7 @@ from prepare_data import Tokenizer
 
 def load(init_from, out_dir):
     """-> model in eval mode, its tokenizer"""
-    # out_dir may hold an export as well: the run in it is meant
-    path = init_from or next((p for p in (Path(out_dir) / "best.pt", Path(out_dir) / "ckpt.pt") if p.exists()), None)
+    path = init_from or weights.of_run(out_dir)
     if path is None:
         raise InputError(f"{out_dir} holds no best.pt or ckpt.pt: train one with train.py, or try --init_from=gpt2")
     model = GPT.from_pretrained(path)

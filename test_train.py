@@ -971,6 +971,16 @@ def test_what_is_given_counts_even_where_it_is_the_default():
     assert checkpoint("out/best.pt")["gpt_config"]["vocab_size"] == GPTConfig.vocab_size
 
 
+def test_of_a_run_the_best_checkpoint_is_used_and_else_the_last():
+    train.main([*TINY, "--max_iters=6"])
+    os.replace("out/ckpt.pt", "out/best.pt")
+    train.main([*TINY, "--out_dir=later"])
+    os.replace("later/ckpt.pt", "out/ckpt.pt")
+    for name in ("best.pt", "ckpt.pt"):
+        assert all(torch.equal(t, checkpoint(f"out/{name}")["model"][k]) for k, t in GPT.from_pretrained("out").state_dict().items() if "head" not in k)
+        Path("out", name).unlink()
+
+
 def test_export_into_the_folder_of_a_run_does_not_hide_the_run(capsys):
     train.main(TINY)
     GPT.from_pretrained("out").save_pretrained("out")

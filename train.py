@@ -421,8 +421,7 @@ def train(c, gpt_config, given, argv, store, rank, world):
     curve = [float(r["val_loss"]) for r in log.rows if r["val_loss"]]
     print(f"\nvalidation loss {curve[0]:.2f} {launch.sparkline(curve)} {curve[-1]:.4f}, the best {best_val_loss:.4f}, in {clock(log.elapsed())}\n")
     tokenizer = Tokenizer(meta["tokenizer"])
-    best = out / ("best.pt" if (out / "best.pt").exists() else "ckpt.pt")   # the file: the folder may hold an export as well
-    best = GPT.from_pretrained(best).to(device)   # whole, also where training had cut it
+    best = GPT.from_pretrained(weights.of_run(out)).to(device)   # whole, also where training had cut it
     tokens = best.generate(torch.tensor([[tokenizer.start]], device=device), 256, top_k=200, vocab_size=tokenizer.vocab_size)
     print(f"{tokenizer.decode(tokens[0, 1:].tolist())}\n\nmore of it: python sample.py --out_dir={c.out_dir}")
 

@@ -37,7 +37,7 @@ def load(name_or_folder):
     """
     path = Path(name_or_folder)
     if path.is_dir() and not (path / "config.json").exists():
-        path = next((path / f for f in ("best.pt", "ckpt.pt") if (path / f).exists()), path)
+        path = of_run(path) or path
     if str(name_or_folder) in GPT2_SIZES and not path.is_file() and not (path / "config.json").exists():
         path = download_gpt2(str(name_or_folder))
     if path.is_file():
@@ -47,6 +47,11 @@ def load(name_or_folder):
         config, tensors = read_folder(path)
         return config, tensors, {"kind": "gpt2"} if config.vocab_size == 50257 else None, path   # the size is all that tells
     raise InputError(f"{name_or_folder}: not one of {', '.join(GPT2_SIZES)}, nor a folder with config.json and weights")
+
+
+def of_run(out_dir):
+    """The checkpoint to use of a run: its best.pt, else its ckpt.pt, else None. The folder may hold an export as well."""
+    return next((path for name in ("best.pt", "ckpt.pt") if (path := Path(out_dir) / name).exists()), None)
 
 
 def download_gpt2(name):
