@@ -1,10 +1,11 @@
 """
-Text from a trained model, shown as it is made.
+Text from a trained model, shown as it is generated.
 
-  python sample.py --out_dir=out-shakespeare                        from the best checkpoint of a run
-  python sample.py --init_from=gpt2 --prompt="The meaning of life"  from the released GPT-2, or gpt2-medium, -large, -xl
-  python sample.py --init_from=gpt2 --prompt_file=question.txt --num_samples=3 --temperature=0.8 --top_p=0.95
-  python sample.py --init_from=gpt2 --compile --dtype=bfloat16      several times as fast on a CPU, after a few seconds
+  python sample.py --out_dir=out-shakespeare                        from a run's best checkpoint
+  python sample.py --init_from=gpt2 --prompt="The meaning of life"  from the released GPT-2, or
+                                                                    gpt2-medium, -large or -xl
+  python sample.py --init_from=gpt2 --prompt_file=question.txt --num_samples=3 --top_p=0.95
+  python sample.py --init_from=gpt2 --dtype=bfloat16                half the memory, often faster
 """
 
 import argparse
@@ -14,30 +15,34 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
 
-import weights
-from launch import choose_device, run, why_no_compiler
-from model import GPT, InputError, check_sampling
-from prepare_data import Tokenizer
+from model import GPT, check_sampling
+from plumbing.device import choose_device
+from plumbing.errors import InputError, as_input_error, run_script
+from plumbing.run_folder import checkpoint_of_run
+from plumbing.tokenizer import Tokenizer
 
 
 def load(init_from, out_dir):
-    """-> model in eval mode, its tokenizer"""
-    path = init_from or weights.of_run(out_dir)
+    """-> the model that init_from names, or that of the run in out_dir; and its tokenizer"""
+    path = init_from or checkpoint_of_run(out_dir)
     if path is None:
-        raise InputError(f"{out_dir} holds no best.pt or ckpt.pt: train one with train.py, or try --init_from=gpt2")
-    model = GPT.from_pretrained(path)
-    if model.tokenizer is None:
-        raise InputError(f"{init_from} does not tell what its {model.config.vocab_size} token ids mean: a folder of weights has no tokenizer; "
-                         f"for a run of train.py use --out_dir")
-    return model, Tokenizer(model.tokenizer)
+        raise InputError(
+            f"{out_dir} holds no best.pt or ckpt.pt: train one with train.py, or try "
+            "--init_from=gpt2"
+        )
+    with as_input_error():
+        model = GPT.from_pretrained(path)
+    if model.tokenizer_spec is None:
+        raise InputError(
+            f"{path} does not tell what its {model.config.vocab_size} token ids mean, because a "
+            "folder of weights has no tokenizer: for a run of train.py use --out_dir"
+        )
+    return model, Tokenizer(model.tokenizer_spec)
 
 
 def read_prompt(args, tokenizer):
     """-> list of ids, at least one"""
-    if args.prompt is not None and args.prompt_file is not None:
-        raise InputError("give --prompt or --prompt_file, not both")
     text = args.prompt
     if args.prompt_file is not None:
         try:
@@ -45,85 +50,102 @@ def read_prompt(args, tokenizer):
         except UnicodeDecodeError:
             raise InputError(f"{args.prompt_file} is not UTF-8 text") from None
     if text is None:
-        return [tokenizer.start]   # as a document begins
+        return [tokenizer.start]   # how a new text begins
     if not text:
-        raise InputError("empty prompt: give at least one character, or leave --prompt out to start a new text")
+        raise InputError(
+            "empty prompt: give at least one character, or leave --prompt out to start a new text"
+        )
     return tokenizer.encode(text)
 
 
-def compile_products(model):
-    """
-    Make decoding with batch size 1 faster on a CPU. A new token takes each weight once, so its time is that of reading all
-    weights. Torch's own products of a matrix and one vector run at between a third and all of the memory bandwidth, which
-    depends on machine and dtype; written as product and sum, and compiled, they are one loop over the weights at all of it.
-    """
-    multiply = torch.compile(lambda weight, x: (weight * x).sum(-1), dynamic=True)   # one compilation for all shapes
+def stream_text(model, tokenizer, prompt, args):
+    """Print one continuation of prompt while it is generated -> number of new tokens"""
+    idx = torch.tensor([prompt], device=next(model.parameters()).device)   # (1,T)
+    stop_token = None
+    if tokenizer.spec["kind"] == "gpt2":
+        stop_token = tokenizer.start   # <|endoftext|>, which ends a document as well
+    # A character may be spread over several tokens: its first bytes wait here for the last.
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    new_tokens = 0
+    for token in model.stream(
+        idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, stop_token,
+        tokenizer.vocab_size,
+    ):
+        new_tokens += 1
+        number = token.item()
+        if number != stop_token:
+            print(decoder.decode(tokenizer.token_bytes(number)), end="", flush=True)
+    print(decoder.decode(b"", final=True), flush=True)
+    return new_tokens
 
-    def compiled(linear):
-        def forward(x, several=linear.forward):   # x (..., in)
-            if x.numel() > linear.in_features:
-                return several(x)
-            y = multiply(linear.weight.detach(), x.flatten()).view(*x.shape[:-1], -1)   # of a parameter each shape would be compiled
-            return y if linear.bias is None else y + linear.bias
-        return forward
-    for linear in [m for m in model.modules() if isinstance(m, nn.Linear)]:
-        linear.forward = compiled(linear)
+
+def parse_args(argv):
+    def int_or_none(text):
+        return None if text.lower() == "none" else int(text)
+
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python sample.py [--out_dir=DIR | --init_from=NAME] [--prompt=TEXT] ... "
+              "(--help for all)",
+    )
+    add = parser.add_argument
+    add("--out_dir", default="out", help="the folder of a run of train.py (default: out)")
+    add("--init_from", help="instead of a run: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging "
+                            "Face folder, or a checkpoint")
+    add("--prompt", help="text to continue (default: start a new text)")
+    add("--prompt_file", help="a file with the text to continue, UTF-8")
+    add("--num_samples", type=int, default=1, help="number of texts (default: 1)")
+    add("--max_new_tokens", type=int, default=500, help="per text (default: 500)")
+    add("--temperature", type=float, default=0.8,
+        help="0 = always the likeliest token (default: 0.8)")
+    add("--top_k", type=int_or_none, default=200,
+        help="sample from the k likeliest tokens; none = from all (default: 200)")
+    add("--top_p", type=float,
+        help="sample from the likeliest tokens that together reach this probability")
+    add("--seed", type=int, default=1337, help="another seed, another text (default: 1337)")
+    add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "auto"),
+        help="of the weights; auto = the faster one on this device (default: float32)")
+    return parser.parse_args(argv)
 
 
-def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="python sample.py [--out_dir=DIR | --init_from=NAME] [--prompt=TEXT] ... (--help for all)")
-    parser.add_argument("--out_dir", default="out", help="folder of a run of train.py (default: out)")
-    parser.add_argument("--init_from", help="instead: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face folder, or a checkpoint")
-    parser.add_argument("--prompt", help="text to continue (default: begin a new one)")
-    parser.add_argument("--prompt_file", help="a file with the text to continue, UTF-8")
-    parser.add_argument("--num_samples", type=int, default=1, help="texts, one after the other (default: 1)")
-    parser.add_argument("--max_new_tokens", type=int, default=500, help="a sample (default: 500)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest token (default: 0.8)")
-    parser.add_argument("--top_k", type=lambda s: None if s.lower() == "none" else int(s), default=200,
-                        help="sample from the k likeliest tokens; none = from all (default: 200)")
-    parser.add_argument("--top_p", type=float, help="sample from the likeliest tokens that reach this probability together")
-    parser.add_argument("--seed", type=int, default=1337, help="another seed, another text (default: 1337)")
-    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "auto"), help="of the weights; auto = what is fast here (default: float32)")
-    parser.add_argument("--compile", action="store_true", help="faster on a CPU, for texts worth a few seconds of compilation")
-    args = parser.parse_args(argv)
-    check_sampling(args.temperature, args.top_k, args.top_p)
+def check(args):
+    """InputError for a value out of range"""
+    if args.prompt is not None and args.prompt_file is not None:
+        raise InputError("give --prompt or --prompt_file, not both")
+    with as_input_error():
+        check_sampling(args.temperature, args.top_k, args.top_p)
     for name in ("num_samples", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise InputError(f"{name}={getattr(args, name)}: must be at least 1")
     if not 0 <= args.seed < 2**32:
         raise InputError(f"seed={args.seed}: must be at least 0 and less than 2**32")
 
+
+def main(argv):
+    args = parse_args(argv)
+    check(args)
     device, bf16, line = choose_device(args.device, args.dtype)
     print(line, file=sys.stderr)
     model, tokenizer = load(args.init_from, args.out_dir)
     model.to(device, torch.bfloat16 if bf16 else torch.float32)
-    if args.compile:
-        if lacks := why_no_compiler(device):
-            print(f"torch.compile failed, going on without it: {lacks}", file=sys.stderr)
-        else:
-            compile_products(model)
     prompt = read_prompt(args, tokenizer)
+    has_prompt = args.prompt is not None or args.prompt_file is not None
+
     torch.manual_seed(args.seed)
-    made, start = 0, time.perf_counter()
+    new_tokens = 0
+    start = time.perf_counter()
     for i in range(args.num_samples):
         if i > 0:
             print("-" * 80)
-        idx = torch.tensor([prompt], device=device)
-        # A character may be spread over several tokens: the decoder holds its first bytes until the last has come.
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        if args.prompt or args.prompt_file:
+        if has_prompt:
             print(tokenizer.decode(prompt), end="", flush=True)
-        stop = tokenizer.start if tokenizer.spec["kind"] == "gpt2" else None   # <|endoftext|>: the document is complete
-        for token in model.stream(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, stop, tokenizer.vocab_size):
-            made += 1
-            if (number := token.item()) != stop:
-                print(decoder.decode(tokenizer.token_bytes(number)), end="", flush=True)
-        print(decoder.decode(b"", final=True), flush=True)
+        new_tokens += stream_text(model, tokenizer, prompt, args)
     seconds = time.perf_counter() - start
-    print(f"{made} tokens in {seconds:.1f} s: {made / seconds:.1f} tokens/s", file=sys.stderr)
+    speed = new_tokens / seconds
+    print(f"{new_tokens} tokens in {seconds:.1f} s: {speed:.1f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,11 +1,14 @@
-"""GPT-2 large, 774M parameters: torchrun --nproc_per_node=8 train.py config/gpt2_large.py --fsdp. What is not set here is as in gpt2.py."""
+"""
+GPT-2 large, 774M parameters. What is not set here is as in gpt2.py.
+torchrun --standalone --nproc_per_node=8 train.py config/gpt2_large.py --fsdp
+"""
 out_dir = "out-gpt2-large"
 
 n_layer = 36
 n_head = 20
 n_embd = 1280
 
-batch_size = 512         # half a million tokens, as the GPT-3 paper has it for a model of this size (table 2.1)
+batch_size = 512         # half a million tokens, as in the GPT-3 paper for this size (table 2.1)
 micro_batch_size = 8
 max_iters = 19073        # 10 billion tokens
 learning_rate = 2.5e-4   # the same table

@@ -1,2 +1,5 @@
-"""Rotary positions instead of learned ones. An overlay: python train.py config/shakespeare.py config/rope.py"""
+"""
+Rotary positions instead of learned ones. An overlay:
+python train.py config/shakespeare.py config/rope.py
+"""
 use_rope = True

@@ -1,0 +1,219 @@
+"""
+Time and memory of functions, and the training step that several commands measure.
+
+Whatever is compared is measured in one run, alternating, after a warm-up. The figures are medians,
+with the smallest and the largest value in parentheses.
+"""
+
+import csv
+import ctypes
+import math
+import multiprocessing
+import os
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+
+import train
+from model import GPT
+from plumbing.device import choose_attention_kernel, choose_device
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+RESULTS = HERE / "results"
+
+
+def print_versions():
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+
+
+def machine():
+    """
+    -> device, whether bfloat16 is faster there, and a line that says so. Apple GPUs are left out:
+    timing them needs another clock.
+    """
+    return choose_device("cuda" if torch.cuda.is_available() else "cpu", "auto")
+
+
+def cpu_only():
+    """Hide GPUs from this process and those it starts: config/shakespeare.py looks for them too."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+# ----------------------------------------------------------------------------------------------
+# Time
+
+def seconds_of(f):
+    """How long f() takes; on a GPU, from when it begins f's work to when it has finished it."""
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        f()
+        return time.perf_counter() - start
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    start.record()
+    f()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def times(functions, repeat):
+    """{name: function} -> {name: list of seconds}; alternating, so that all meet the same drift"""
+    taken = {name: [] for name in functions}
+    for _ in range(repeat):
+        for name, f in functions.items():
+            f()   # not counted: whatever ran before left caches and memory as it needed them
+            taken[name].append(seconds_of(f))
+    return taken
+
+
+def spread(values, spec, unit=""):
+    """'median unit (smallest to largest)', each number formatted by spec"""
+    middle = statistics.median(values)
+    return f"{middle:{spec}}{unit} ({min(values):{spec}} to {max(values):{spec}})"
+
+
+def milliseconds(seconds):
+    return spread([1e3 * s for s in seconds], ".1f", " ms")
+
+
+def times_as_fast(seconds, base):
+    """How many times as fast as base, by medians"""
+    return statistics.median(base) / statistics.median(seconds)
+
+
+def print_times(taken, notes=None):
+    """{name: seconds}: a line each, with its ratio to the last and, if given, its note"""
+    last = list(taken.values())[-1]
+    for name, seconds in taken.items():
+        note = f", {notes[name]}" if notes else ""
+        ratio = times_as_fast(seconds, last)
+        measured = milliseconds(seconds)
+        print(f"  {name:22} {measured:36} {ratio:5.2f} times as fast as the last{note}")
+
+
+# ----------------------------------------------------------------------------------------------
+# Memory, in MB of 10^6 bytes: the GPU's if there is one, else this process's (NaN if not on Linux)
+
+def start_peak():
+    """The MB held now; peak_mb counts anew from here."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 1e6
+    try:
+        # Freed memory goes back to the system, so that it counts again when it is used again.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    except (OSError, AttributeError, TypeError):   # not Linux with glibc
+        return math.nan
+    return process_mb("VmRSS:")
+
+
+def peak_mb():
+    """The most MB held at once since start_peak, or since this process started."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return process_mb("VmHWM:")
+
+
+def process_mb(field):
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return math.nan
+    for line in lines:
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024 / 1e6
+    return math.nan
+
+
+def added_mb(make, *args):
+    """The most MB that the function make(*args) adds to what was held before, in a new process."""
+    # glibc then returns each freed tensor to the system; otherwise it would still count as held.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(measure_added_mb, make, *args).result()
+    finally:
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
+
+
+def measure_added_mb(make, *args):
+    f = make(*args)
+    before = start_peak()
+    f()
+    return peak_mb() - before
+
+
+# ----------------------------------------------------------------------------------------------
+# A training step
+
+class RandomTokens:
+    """Takes the place of train.py's data; every batch is the same random tokens."""
+
+    def __init__(self, vocab_size, B, T):
+        self.x = torch.randint(vocab_size, (B, T))
+        self.y = torch.randint(vocab_size, (B, T))
+
+    def batch(self, numbers):
+        return self.x, self.y
+
+
+def training_step(model, B, T, device, bf16):
+    """-> a function that does one step as train.py does it with AdamW and without torch.compile"""
+    model.to(device)
+    optimizers = train.make_optimizers(model, train.TrainConfig(), device)
+    return step_function(model, optimizers, B, T, device, bf16)
+
+
+def nanogpt_step(model, B, T, device, bf16):
+    """The same for nanoGPT's model with its own optimizer. On a CPU it computes in float32."""
+    model.to(device)
+    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
+    return step_function(model, [optimizer], B, T, device, bf16 and device.type == "cuda")
+
+
+def step_function(model, optimizers, B, T, device, bf16):
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    model.train()
+    c = train.TrainConfig(batch_size=B, micro_batch_size=B)
+    place = train.Place(device, bf16, rank=0, world=1, micro=B)
+    data = RandomTokens(model.config.vocab_size, B, T)
+
+    def step():
+        choose_attention_kernel(device, bf16, T)   # other measurements may have changed it
+        train.train_step(0, model, optimizers, data, c, place)
+    return step
+
+
+def step_after_first(config, T, device, bf16):
+    """A step of one sequence, after the first one, which allocates the optimizer's state"""
+    step = training_step(GPT(config), 1, T, device, bf16)
+    step()
+    return step
+
+
+# ----------------------------------------------------------------------------------------------
+# Tables
+
+def print_table(title, columns, rows):
+    """rows: {name: cells}, printed as Markdown"""
+    print(f"\n{title}\n")
+    print(f"| | {' | '.join(columns)} |")
+    print("|---" * (1 + len(columns)) + "|")
+    for name, cells in rows.items():
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def read_results(name):
+    """A CSV file of results/ -> a list of {column: text}; empty if there is no such file"""
+    path = RESULTS / name
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", newline="") as f:
+        return list(csv.DictReader(line for line in f if not line.startswith("#")))

@@ -1,0 +1,135 @@
+"""
+Checkpoints: everything needed to continue a run, to sample, or to start another run from.
+
+One process, DDP and FSDP share one format: whole tensors by the names of the parameters. So a
+checkpoint from any of them can be loaded by any other, with any number of processes.
+"""
+
+import pickle
+import sys
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+
+from plumbing.errors import InputError, first_line
+from plumbing.files import replacing
+
+KEYS = {   # of a checkpoint, with the types of their values
+    "model": dict,           # {name of a parameter: tensor}
+    "optimizer": dict,       # {name of a parameter: {name of a state: tensor}}
+    "gpt_config": dict,      # the fields of GPTConfig
+    "train_config": dict,    # the fields of TrainConfig
+    "step": int,             # optimizer steps done
+    "best_val_loss": float,
+    "tokenizer": dict,       # a tokenizer_spec, see tokenizer.py
+}
+
+
+def save_checkpoint(path, model, optimizers, train_config, step, best_val_loss, tokenizer_spec):
+    """
+    Every rank must call this, because sharded tensors are gathered from all of them; rank 0 writes.
+    The file changes completely or not at all. Raises InputError if it cannot be written.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    state_of = {}
+    for optimizer in optimizers:
+        state_of.update(optimizer.state)
+    tensors = {}
+    states = {}
+    for name, p in model.named_parameters():   # in the same order on every rank
+        tensors[name] = gather(p, rank)
+        if p in state_of:
+            states[name] = {key: gather(t, rank) for key, t in state_of[p].items()}
+    if rank > 0:
+        return
+    if model.config.tied:
+        tensors["lm_head.weight"] = tensors["wte.weight"]   # torch.save writes their bytes once
+    checkpoint = {
+        "model": tensors,
+        "optimizer": states,
+        "gpt_config": asdict(model.config),
+        "train_config": asdict(train_config),
+        "step": step,
+        "best_val_loss": best_val_loss,
+        "tokenizer": tokenizer_spec,
+    }
+    try:
+        with replacing(path) as f:
+            torch.save(checkpoint, f)
+    except (OSError, RuntimeError) as e:   # torch reports a full disk as either
+        raise InputError(
+            f"cannot save {path} ({first_line(e)}): what was there before is untouched; once the "
+            "problem is fixed, continue with --init_from=auto"
+        ) from None
+
+
+def gather(t, rank):
+    """The whole of a tensor that may be sharded, on the CPU of rank 0; None on the other ranks."""
+    if hasattr(t, "full_tensor"):   # FSDP: an all-gather, in which every rank takes part
+        t = t.full_tensor()
+    return t.detach().cpu() if rank == 0 else None
+
+
+def load_checkpoint(path):
+    """The dictionary that save_checkpoint wrote. The values in its configs are not checked here."""
+    # Memory-mapped, one copy serves all processes of a machine; Windows could not replace the file.
+    checkpoint = load_pickle(path, mmap=sys.platform != "win32")
+    if not isinstance(checkpoint, dict):
+        raise InputError(f"{path} is not a checkpoint of train.py")
+    for key, kind in KEYS.items():
+        if not isinstance(checkpoint.get(key), kind):
+            raise InputError(f"{path} is not a checkpoint of train.py: {key} is missing or broken")
+    if not all_tensors(checkpoint["model"]):
+        raise InputError(f"{path} is not a checkpoint of train.py: model holds more than tensors")
+    return checkpoint
+
+
+def all_tensors(values):
+    """Whether values is a dictionary that has a tensor under every name."""
+    if not isinstance(values, dict):
+        return False
+    return all(type(k) is str and isinstance(t, torch.Tensor) for k, t in values.items())
+
+
+def load_pickle(path, mmap=False):
+    """What torch.save wrote, on the CPU. Raises InputError for what could run code when loaded."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise
+    except Exception as e:
+        # torch reports a damaged file as RuntimeError, EOFError, OSError and more
+        problem = f"is cut short or not a checkpoint: {first_line(e) or repr(e)}"
+        if isinstance(e, pickle.UnpicklingError):   # torch's text advises to trust the file
+            problem = "is cut short or not a checkpoint"
+            if "GLOBAL" in str(e):   # the pickle names a function that torch does not know as safe
+                problem = "holds more than tensors and plain values: loading it could run code"
+        raise InputError(f"{path} {problem}") from None
+
+
+def restore_optimizers(optimizers, model, states, path):
+    """
+    Put back what save_checkpoint saved as "optimizer", sharded as the parameters are now. Raises
+    InputError, with path in it, for the state of another model.
+    """
+    names = {p: name for name, p in model.named_parameters()}
+    if states.keys() != set(names.values()):
+        raise InputError(f"{path}: the optimizer's state is not of this model")
+    for optimizer in optimizers:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        state = {}
+        for i, p in enumerate(parameters):   # load_state_dict knows a parameter by this number
+            state[i] = {key: shard_like(p, t) for key, t in states[names[p]].items()}
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def shard_like(p, t):
+    """This rank's shard of t; or t, if p is not sharded or t is a scalar such as a step count."""
+    if t.dim() == 0 or not hasattr(p, "full_tensor"):
+        return t
+    from torch.distributed.tensor import distribute_tensor  # here: it takes half a second
+
+    # Every rank has read all of t, and with src_data_rank=None takes its shard without sending.
+    return distribute_tensor(t.to(p.device), p.device_mesh, p.placements, src_data_rank=None)

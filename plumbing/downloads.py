@@ -1,0 +1,137 @@
+"""Downloads: resumed where they stopped, verified before they appear under their name."""
+
+import os
+from pathlib import Path
+
+import requests
+
+from plumbing.errors import InputError
+from plumbing.files import need_disk, sha256
+from plumbing.progress import Progress
+
+TIMEOUT = (10, 30)   # seconds to connect, and to wait for the next bytes
+
+
+class DownloadError(InputError):
+    """A file could not be fetched."""
+
+
+def hub_url(path):
+    """The address of path on the Hugging Face Hub, or on the mirror that HF_ENDPOINT names."""
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    return f"{hub.rstrip('/')}/{path}"
+
+
+def download(url, path, sha256sum=None):
+    """
+    Fetch url to path, which appears only once it is complete and verified. Until then the bytes are
+    kept in <path>.part, and the next call continues from there.
+
+    sha256sum   the expected hash; without it, the one that the Hub sends along with large files
+    raises      DownloadError with the address, what went wrong and what to do; OSError if the disk
+                lacks room
+    """
+    path = Path(path)
+    part = Path(f"{path}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    have = part.stat().st_size if part.exists() else 0
+    headers = request_headers(url, have)
+    try:
+        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+            if response.status_code == 416 and have:   # .part is as long as the file, or longer
+                part.unlink()
+                return download(url, path, sha256sum)
+            if response.status_code not in (200, 206):
+                raise DownloadError(
+                    f"{url} answered {response.status_code} {response.reason}: to continue "
+                    f"without it, {alternatives(path)}"
+                )
+            if response.status_code == 200:   # the whole file, even if we asked for the rest of it
+                have = 0
+            total = have + int(response.headers.get("Content-Length", 0))
+            sha256sum = sha256sum or hash_from_hub(response)
+            receive(response, part, have, total)
+    except requests.RequestException as e:
+        arrived = part.stat().st_size if part.exists() else 0
+        if arrived == 0:
+            raise DownloadError(f"cannot fetch {url}: {reason(e)}; {alternatives(path)}") from None
+        raise DownloadError(
+            f"{url}: the connection broke after {arrived:,} bytes: run the same command again to "
+            "continue from there"
+        ) from None
+    arrived = part.stat().st_size
+    if total and arrived != total:
+        raise DownloadError(
+            f"{url}: {arrived:,} of {total:,} bytes arrived: run the same command again to "
+            "continue from there"
+        )
+    mismatch = wrong_sha256(part, sha256sum)
+    if mismatch:
+        part.unlink()   # else the next call would continue from these bytes
+        raise DownloadError(
+            f"{url} sent a file with {mismatch}; try again, or {alternatives(path)}"
+        )
+    os.replace(part, path)
+
+
+def request_headers(url, have):
+    """For a request that continues after have bytes."""
+    headers = {"Accept-Encoding": "identity"}   # uncompressed: offsets are those of the file itself
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    token = os.environ.get("HF_TOKEN")
+    if token and url.startswith(hub_url("")):
+        headers["Authorization"] = f"Bearer {token}"   # requests drops it when redirected elsewhere
+    return headers
+
+
+def hash_from_hub(response):
+    """The sha256 that the Hub sends with its redirect to a large file; None from other servers."""
+    for answer in (*response.history, response):
+        etag = answer.headers.get("X-Linked-Etag", "").strip('"')
+        if len(etag) == 64:
+            return etag
+    return None
+
+
+def receive(response, part, have, total):
+    """Append the body of response to the first have bytes of part."""
+    need_disk(part.parent, total - have, f"downloading {part.stem}")
+    progress = Progress(f"downloading {part.stem}", total, have)
+    with open(part, "ab" if have else "wb") as f:
+        for piece in response.iter_content(1 << 16):
+            f.write(piece)
+            have += len(piece)
+            progress(have)
+
+
+def reason(e):
+    """The gist of a network error; its own text is a chain of several lines."""
+    if isinstance(e, requests.ConnectionError):
+        return "no connection could be made"
+    return f"the network failed ({type(e).__name__})"
+
+
+def alternatives(path):
+    """What works without this download."""
+    return f"put the file at {path} yourself, or use config/stdlib.py, which needs no network"
+
+
+def wrong_sha256(path, expected):
+    """None if the file has the expected hash or none is known; else what is wrong."""
+    if expected is None:
+        return None
+    found = sha256([path])
+    if found == expected:
+        return None
+    return f"the wrong sha256 {found[:16]}…, expected {expected[:16]}…"
+
+
+def verify(path, expected, source):
+    """Raise InputError unless the file at path, put there by the user, has the expected sha256."""
+    mismatch = wrong_sha256(path, expected)
+    if mismatch:
+        raise InputError(
+            f"{path} has {mismatch}: it is not {source}; remove it and try again, or use your own "
+            "text with --input"
+        )

@@ -1,0 +1,222 @@
+"""
+Several processes: start together, decide together, end together.
+
+Tensors travel by torch.distributed. Errors, and decisions that may take long, travel by the store:
+a table of keys and values that torchrun keeps and every process reads and writes. Waiting for them
+has no time limit, and a process that waits notices when another one fails.
+
+torchrun (2.13) keeps its store when it restarts failed processes (pytorch/pytorch#135712), and with
+it the addresses of the dead ones. So the processes of every start first agree on a fresh prefix for
+all other keys: a random name, here 5f, that rank 0 gives itself. Rank 1's is a0:
+
+    rank 0                   the store           rank 1
+    writes its name    -->   rank 0: 5f
+                             rank 1: a0          <--   writes its name
+    reads it           <--
+    answers with 5f    -->   name for a0: 5f     -->   waits for the answer to its own name
+    sees all confirm   <--   5f reached 1: -     <--   confirms
+
+If `rank 1` still holds the name of a dead process, nobody confirms rank 0's answer to it; rank 0
+reads `rank 1` again and answers again until the new process has written its name there.
+
+    key, after the prefix     value
+    end                       number of processes that have arrived there
+    call 7, turn 0            the same, in the 7th call of in_turn or decided_by_first
+    call 8                    what rank 0 decided, as JSON
+    failed                    number of processes that have failed
+    why                       one line from the first of them; all report it to torchrun
+"""
+
+import json
+import os
+import sys
+import time
+import uuid
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from plumbing.errors import InputError, explain, report
+
+FROM_TORCHRUN = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+POLL_SECONDS = 0.02
+HALF_AN_HOUR = 1800
+
+
+@dataclass
+class Group:
+    """The processes of a run. The defaults stand for one process alone."""
+    store: dist.Store | None = None   # None outside torchrun
+    rank: int = 0                     # of this process
+    world: int = 1                    # number of processes
+    calls: int = 0                    # of in_turn and decided_by_first so far
+
+    def next_key(self):
+        """A fresh key for one call; ranks get the same one because they make the same calls."""
+        self.calls += 1
+        return f"call {self.calls}"
+
+
+@contextmanager
+def joined():
+    """
+    `with joined() as group`: outside torchrun, Group() and nothing else. Under torchrun the
+    processes meet, and each ends with the block, with status 1 if any failed; no code runs after.
+    """
+    if "RANK" not in os.environ:
+        yield Group()
+        return
+    group = join()
+    status = 1
+    try:
+        yield group
+        # a process that exits early breaks connections its peers still use
+        wait_for_all(group, "end")
+        status = 0
+    except BaseException as e:
+        first_to_fail(group, e)
+    finally:
+        leave(status)
+
+
+def join():
+    """Meet the processes that torchrun started -> Group. Only rank 0 prints from here on."""
+    missing = [name for name in FROM_TORCHRUN if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"RANK is set without {', '.join(missing)}: start several processes with torchrun, "
+            "which sets all of these; for a single process, unset RANK"
+        )
+    store, rank, world = next(rendezvous("env://"))
+    store = dist.PrefixStore(agree(store, rank, world), store)
+    # Both backends by name: across() sends CPU tensors, DDP and FSDP send GPU tensors, and without
+    # names torch makes a backend for only one of them.
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    return Group(store, rank, world)
+
+
+def agree(store, rank, world):
+    """-> a fresh prefix for keys, the same on all ranks: rank 0's name. See the drawing above."""
+    own_name = uuid.uuid4().hex
+    store.set(f"rank {rank}", own_name)
+    if rank > 0:
+        prefix = store.get(f"name for {own_name}").decode()   # waits until there is one
+        store.set(f"{prefix} reached {rank}", "")
+        return prefix
+    others = range(1, world)
+    deadline = time.monotonic() + HALF_AN_HOUR
+    while not all(store.check([f"{own_name} reached {r}"]) for r in others):
+        for r in others:
+            if store.check([f"rank {r}"]):
+                name = store.get(f"rank {r}").decode()
+                store.set(f"name for {name}", own_name)
+        time.sleep(POLL_SECONDS)
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"not all of the {world} processes started within half an hour: look for errors in "
+                "the output of the others"
+            )
+    return own_name
+
+
+def leave(status):
+    """End this process at once: taking down gloo or a broken NCCL may hang or abort (torch 2.13)"""
+    try:
+        sys.stdout.flush()
+    finally:
+        os._exit(status)
+
+
+def wait_until(group, condition):
+    """Poll condition() until it is true; InputError if another process fails meanwhile."""
+    while not condition():
+        if group.store.check(["why"]):
+            raise InputError("another process failed")   # and has said why
+        time.sleep(POLL_SECONDS)
+
+
+def wait_for_all(group, where):
+    """
+    Return when every process has called this with the same where, which names one place and moment.
+    It only counts in the store: a barrier has a time limit and needs all connections intact.
+    """
+    group.store.add(where, 1)
+    wait_until(group, lambda: group.store.add(where, 0) >= group.world)
+
+
+def in_turn(group, work):
+    """
+    work() on rank 0, then on the first process of each other machine, then on the rest; returns its
+    result. So one process per machine downloads or builds what the others then find.
+    """
+    if group.store is None:
+        return work()
+    if group.rank == 0:
+        own_turn = 0
+    elif os.environ["LOCAL_RANK"] == "0":
+        own_turn = 1
+    else:
+        own_turn = 2
+    key = group.next_key()
+    for turn in range(3):
+        if turn == own_turn:
+            result = work()
+        wait_for_all(group, f"{key}, turn {turn}")
+    return result
+
+
+def decided_by_first(group, work):
+    """
+    Only rank 0 calls work(); all ranks return its result as JSON keeps it: tuples become lists,
+    even if there is only one process.
+    """
+    if group.store is None:
+        return json.loads(json.dumps(work()))
+    key = group.next_key()
+    if group.rank == 0:
+        group.store.set(key, json.dumps(work()))
+    wait_until(group, lambda: group.store.check([key]))
+    return json.loads(group.store.get(key))
+
+
+def across(value, op=dist.ReduceOp.SUM):
+    """
+    The sum (or another op) of a number or bool over all processes. It is sent from the CPU, so that
+    nobody waits for a GPU.
+    """
+    if not dist.is_initialized():
+        return value
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total, op)
+    return total.item()
+
+
+def anywhere(*flags):
+    """For each flag, whether it is true on any process: a tuple of bools, by one all-reduce."""
+    if dist.is_initialized():
+        votes = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        flags = votes.tolist()
+    return tuple(bool(flag) for flag in flags)
+
+
+def first_to_fail(group, e):
+    """
+    Called by every process that cannot go on. The first prints why on stderr, and all report that
+    line to torchrun, which shows it as the cause.
+    """
+    line = explain(e)
+    try:
+        if group.store.add("failed", 1) == 1:
+            print(line, file=sys.stderr)
+            group.store.set("why", line)
+        report(group.store.get("why").decode())
+    except RuntimeError:   # the store is gone, and with it the process that kept it
+        print(line, file=sys.stderr)

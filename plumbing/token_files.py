@@ -1,0 +1,162 @@
+"""
+A prepared dataset: a folder with files of token ids and meta.json, which describes them.
+prepare_data.py writes it, train.py reads its training sequences from it.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from plumbing.downloads import DownloadError
+from plumbing.errors import InputError
+from plumbing.files import replacing
+from plumbing.tokenizer import Tokenizer
+
+PREPARE_AGAIN = "prepare it again with prepare_data.py"
+
+
+def write_meta(folder, tokenizer, dtype, files, digest, header_bytes=0):
+    """
+    Write meta.json, last of all: a folder that has it is complete.
+
+    dtype          of the ids in the files
+    files          {"train": {name: number of tokens}, "val": the same}
+    digest         the sha256 of the source, or None
+    header_bytes   to skip at the beginning of every file
+    """
+    meta = {
+        "tokenizer": tokenizer.spec,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": np.dtype(dtype).name,
+        "header_bytes": header_bytes,
+        "train": files["train"],
+        "val": files["val"],
+        "source_sha256": digest,
+    }
+    with replacing(folder / "meta.json") as f:
+        f.write(json.dumps(meta, indent=1).encode())
+    train_tokens = sum(files["train"].values())
+    val_tokens = sum(files["val"].values())
+    print(f"{folder}: {train_tokens:,} training and {val_tokens:,} validation tokens, "
+          f"vocabulary {tokenizer.vocab_size:,}")
+
+
+def load_meta(folder):
+    """The contents of meta.json, checked against the files beside it; InputError if they differ."""
+    path = Path(folder) / "meta.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        tokenizer_size = Tokenizer(meta["tokenizer"]).vocab_size
+        vocab_size = meta["vocab_size"]
+        bytes_per_token = np.dtype(meta["dtype"]).itemsize
+        sizes = []
+        for file, tokens in [*meta["train"].items(), *meta["val"].items()]:
+            sizes.append((file, meta["header_bytes"] + tokens * bytes_per_token))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: {PREPARE_AGAIN}") from None
+    except DownloadError:   # of the GPT-2 tokenizer
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{path} is broken ({e!r:.100}): {PREPARE_AGAIN}") from None
+    if vocab_size != tokenizer_size:
+        raise InputError(
+            f"{path}: vocab_size={vocab_size}, but its tokenizer has {tokenizer_size} ids: "
+            f"{PREPARE_AGAIN}"
+        )
+    for file, expected in sizes:
+        check_size(path.parent / file, expected)
+    return meta
+
+
+def check_size(path, expected):
+    if not path.exists():
+        raise InputError(f"{path} is missing: {PREPARE_AGAIN}")
+    size = path.stat().st_size
+    if size != expected:
+        raise InputError(
+            f"{path} has {size:,} bytes, its tokens take {expected:,}: {PREPARE_AGAIN}"
+        )
+
+
+class Data:
+    """
+    One split of a prepared dataset as n windows of block_size+1 tokens: block_size inputs, each
+    with the token that follows it. A window is read from its file when it is asked for, so memory
+    does not grow with the data.
+    """
+
+    def __init__(self, folder, meta, split, block_size, seed):
+        self.folder = folder
+        self.block_size = block_size
+        self.seed = seed
+        self.epoch = None   # of which order and shift are known
+        self.files = list(meta[split].items())   # [(name, number of tokens)]
+        self.dtype = np.dtype(meta["dtype"])
+        self.vocab_size = meta["vocab_size"]
+        self.header_bytes = meta["header_bytes"]
+        # A window ends with the first token of the next one, so the last window needs a token more.
+        windows_per_file = [max(0, tokens - 1) // block_size for _, tokens in self.files]
+        self.first_window = np.cumsum([0] + windows_per_file)   # of every file, and the total
+        self.n = int(self.first_window[-1])
+        if self.n == 0:
+            tokens = sum(meta[split].values())
+            raise InputError(
+                f"{folder}: the {split} split has {tokens:,} tokens, and one sequence of "
+                f"block_size={block_size} needs {block_size + 1}: use more text or a smaller "
+                "block_size"
+            )
+
+    def batch(self, numbers):
+        """
+        The training sequences with these numbers, counted from the start of training: x, y as in
+        windows(). Every epoch visits each window once, in an order and with a shift of its own.
+        Both depend on seed and epoch alone, so a resumed run has no state to restore.
+        """
+        indices = []
+        shifts = []
+        for number in numbers:
+            epoch, place = divmod(number, self.n)
+            if epoch != self.epoch:
+                rng = np.random.default_rng([self.seed, epoch])
+                self.epoch = epoch
+                self.order = rng.permutation(self.n)
+                self.shift = rng.random()
+            indices.append(self.order[place])
+            shifts.append(self.shift)
+        return self.windows(indices, shifts)
+
+    def windows(self, indices, shifts=None):
+        """x, y: (len(indices), block_size) int64, where y is x one token later."""
+        if shifts is None:
+            shifts = [0.0] * len(indices)
+        ids = np.stack([self.window(i, s) for i, s in zip(indices, shifts, strict=True)])
+        ids = torch.from_numpy(ids.astype(np.int64))
+        # Copies, because only contiguous tensors go from pinned memory to a GPU in the background.
+        return ids[:, :-1].clone(), ids[:, 1:].clone()
+
+    def window(self, i, shift=0.0):
+        """
+        Window i as block_size+1 ids. shift, a fraction of its file, moves it along that file, whose
+        end is followed by its beginning.
+        """
+        file = int(np.searchsorted(self.first_window, i, side="right")) - 1
+        name, tokens = self.files[file]
+        path = self.folder / name
+        start = (i - self.first_window[file]) * self.block_size + int(shift * tokens)
+        ids = self.read(path, start % tokens, self.block_size + 1)
+        missing = self.block_size + 1 - len(ids)
+        if missing:   # the file ended
+            ids = np.append(ids, self.read(path, 0, missing))
+        if ids.max() >= self.vocab_size:   # on a GPU this would be a read out of range
+            raise InputError(
+                f"{path} holds the id {ids.max()}, its vocabulary ends at {self.vocab_size - 1}: "
+                f"{PREPARE_AGAIN}"
+            )
+        return ids
+
+    def read(self, path, start, count):
+        """The ids from start on: count of them, or as many as the file has left."""
+        offset = self.header_bytes + start * self.dtype.itemsize
+        return np.fromfile(path, self.dtype, count=count, offset=offset)

@@ -1,0 +1,20 @@
+"""train.py, but preparing data/tiny takes a second, and leaves a note of the rank that did it."""
+
+import os
+import time
+from pathlib import Path
+
+import train
+from plumbing.errors import run_script
+from prepare_data import prepare_text
+
+
+def prepare(name, **options):
+    with open("prepared.txt", "a") as f:
+        f.write(os.environ["RANK"])
+    time.sleep(1)
+    prepare_text(Path("data/tiny"), ["text.txt"], "char")
+
+
+train.prepare = prepare
+run_script(train.main)

@@ -1,0 +1,80 @@
+"""The assessment: its commands explain themselves, and its formulas are what the model does."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import HERE, fails
+
+from assessment import __main__ as assessment
+from assessment import plots
+from assessment.cost import cache_bytes, fill
+from model import GPTConfig
+from test_model import MIXED_WINDOWS, W, every_variant, tiny
+
+PICTURES = ["cost.png", "gqa.png", "rope.png", "together.png", "windows.png"]
+
+
+def test_python_m_assessment_lists_its_commands():
+    command_line = [sys.executable, "-m", "assessment"]
+    done = subprocess.run(command_line, cwd=HERE, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    for command in assessment.COMMANDS:
+        assert f"python -m assessment {command}" in done.stdout, command
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("argv, match", [
+    (["price"], "^error: unknown command 'price': .*cost.*speed.*claims.*plots"),
+    (["cost", "attenton"], "^error: cost attenton"),
+    (["speed", "decoding"], "^error: .*decoding"),
+    (["claims", "ropes"], "^error: claims ropes: .*rope"),
+    (["plots", "cost"], "^error: plots"),
+], ids=" ".join)
+def test_unknown_command_or_part_is_one_clear_line(argv, match):
+    fails(assessment, *argv, match=match)
+
+
+def allocated_bytes(cache):
+    return sum(t.nbytes for layer in cache.layers for t in (layer.k, layer.v))
+
+
+@every_variant
+@pytest.mark.parametrize("n", [W, 23, 32])
+def test_formula_of_the_cache_is_what_is_allocated_for_a_block_size_of_n(switches, n):
+    model = tiny(block_size=n, **switches)
+    assert allocated_bytes(model.new_cache(2)) == 2 * cache_bytes(model.config, n)
+
+
+@every_variant
+@pytest.mark.parametrize("n", [1, 4, 23, 32])
+def test_formula_of_the_cache_is_what_n_tokens_take(switches, n):
+    fill(tiny(**switches), n, B=2)   # raises AssertionError otherwise
+
+
+def test_formula_of_the_cache_in_figures():
+    assert cache_bytes(GPTConfig(), 1024) == 2 * 12 * 1024 * 768 * 4
+    assert cache_bytes(GPTConfig(use_gqa=True, n_kv_head=4), 1024) == 2 * 12 * 1024 * 256 * 4
+    assert cache_bytes(GPTConfig(use_swa=True, window_size=256), 1024) == 2 * 12 * 256 * 768 * 4
+    three_layers = GPTConfig(n_layer=3, **MIXED_WINDOWS)
+    assert cache_bytes(three_layers, 100, itemsize=2) == 2 * (W + 100 + 2 * W) * 768 * 2
+
+
+def test_filled_cache_continues_as_a_read_one_does():
+    model = tiny()
+    logits, _ = model(torch.tensor([[1], [2]]), cache=fill(model, 31, B=2))
+    assert logits.shape == (2, 1, 101)
+    with pytest.raises(ValueError, match="33 tokens"):
+        model(torch.tensor([[1, 2]]), cache=fill(model, 31))
+
+
+def test_plots_draws_every_picture_from_the_results(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(plots, "HERE", tmp_path)
+    assessment.main(["plots"])
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == PICTURES
+    for name in PICTURES:
+        assert (HERE / "assessment" / name).is_file(), name
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG"), name
+    assert "mean over the seeds" in capsys.readouterr().out

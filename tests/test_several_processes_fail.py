@@ -1,0 +1,153 @@
+"""
+Several processes, and something goes wrong: all of them end, one of them says why in one line, and
+a run that goes on afterwards is the run that it would have been.
+"""
+
+import functools
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from helpers import (
+    HERE,
+    LONGER,
+    PROGRAMS,
+    TINY,
+    checkpoint,
+    fails_at_once,
+    finish,
+    needs_full_disk,
+    needs_linux,
+    read_until,
+    same_state,
+    start,
+    torchrun,
+    val_losses,
+    workers,
+)
+
+import train
+
+# ------------------------------------------------------------------------------------------------
+# One line
+
+@pytest.mark.parametrize("argv, match", [
+    (["--batch_size=5"], "error: batch_size=5 is not divisible among 2 process.* 2 sequences"),
+    (["--n_laye=5"], "error: --n_laye is not a setting, did you mean n_layer"),
+    (["--dataset=nothing"], "error: unknown dataset 'nothing'"),
+])
+def test_what_is_wrong_for_all_processes_is_said_once(argv, match):
+    fails_at_once(torchrun(HERE / "train.py", *TINY, *argv), match)
+
+
+@pytest.mark.parametrize("fault, flags, match", [
+    ("nan", [], "error: step [45]: loss nan"),
+    ("nan", ["--fsdp"], "error: step [45]: loss nan"),
+    ("error", [], "error: only here"),
+    ("memory", ["--fsdp"], "error: not enough memory"),
+])
+def test_what_goes_wrong_on_one_rank_ends_all_with_its_one_line(fault, flags, match):
+    argv = [*TINY, *flags, "--max_iters=1000", "--checkpoint_interval=1"]
+    fails_at_once(torchrun(PROGRAMS / "one_rank_fails.py", fault, *argv), match)
+
+
+@needs_full_disk
+def test_full_disk_on_rank_0_ends_all_and_leaves_the_previous_checkpoint_whole():
+    train.main([*TINY, "--max_iters=6"])
+    before = Path("out/ckpt.pt").read_bytes()
+    Path("out/ckpt.pt.tmp").symlink_to("/dev/full")
+    process = torchrun(HERE / "train.py", *TINY, "--init_from=resume")
+    fails_at_once(process, "error: cannot save out.ckpt.pt .*untouched")
+    assert Path("out/ckpt.pt").read_bytes() == before
+
+
+def test_machines_that_see_different_checkpoints_are_told():
+    shutil.copytree("data", "elsewhere/data")
+    train.main([*TINY, "--max_iters=6"])
+    train.main([*TINY, "--max_iters=8", "--out_dir=elsewhere/out"])
+    process = torchrun(PROGRAMS / "another_disk.py", *TINY, "--init_from=auto")
+    fails_at_once(process, "error: out is at step 6 here .*one folder that all machines share")
+
+
+# ------------------------------------------------------------------------------------------------
+# Ends and restarts
+
+@needs_linux
+@pytest.mark.parametrize("flags", [[], ["--fsdp"]])
+def test_SIGTERM_to_torchrun_saves_and_every_worker_exits_0(flags):
+    """torchrun itself then always ends with status 1 and a traceback of its own."""
+    argv = [*TINY, *flags, "--max_iters=1000000", "--eval_interval=1000000"]
+    process = torchrun(PROGRAMS / "silent_end.py", *argv)
+    read_until(process, "step 30/")
+    process.send_signal(signal.SIGTERM)
+    out, ours = finish(process)
+    assert not ours
+    assert checkpoint()["step"] >= 30
+    assert "SIGTERM: stopped at step" in out
+    assert "torchrun --standalone --nproc_per_node=2 train.py" in out.splitlines()[-1]
+    assert Path("left-0").read_text() == Path("left-1").read_text() == "0"
+
+
+@needs_linux
+@pytest.mark.parametrize("flags", [[], ["--fsdp"]])
+def test_killed_worker_restarts_the_group_which_goes_on_from_the_last_checkpoint(flags):
+    argv = [*LONGER, *flags, "--max_iters=50", "--checkpoint_interval=5", "--init_from=auto"]
+    finish(torchrun(HERE / "train.py", *argv, "--out_dir=whole"))
+    options = ("--standalone", "--max-restarts=1")
+    process = torchrun(HERE / "train.py", *argv, options=options)
+    read_until(process, "step 13/50")
+    os.kill(workers(process)[1], signal.SIGKILL)
+    out, ours = finish(process)
+    assert process.returncode == 0, process.err
+    assert len(ours) == 1 and "error: another process is gone" in ours[0], process.err
+    assert "resuming out/ckpt.pt at step" in out
+    assert same_state(Path("out"), Path("whole"))
+
+
+def kill_one(process, several, rng):
+    """kill -9 at a random moment: of the process, or of one of its workers; also while it starts"""
+    if rng.random() < 0.2:
+        while several and len(workers(process)) < 2:
+            time.sleep(0.02)
+        time.sleep(3 * rng.random())
+    else:
+        for line in process.stdout:
+            if line.startswith("step "):
+                break
+        time.sleep(0.4 * rng.random())
+    try:
+        os.kill(rng.choice(workers(process)) if several else process.pid, signal.SIGKILL)
+    except (IndexError, ProcessLookupError, FileNotFoundError):   # it has come to its end
+        pass
+    process.communicate(timeout=120)
+
+
+@needs_linux
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["one", "ddp", "fsdp"])
+def test_run_killed_67_times_and_resumed_is_exact_to_the_bit(mode):
+    flags = [*TINY, "--max_iters=5000", "--dropout=0.1", "--checkpoint_interval=1",
+             "--eval_interval=50", "--log_interval=50"]
+    if mode == "fsdp":
+        flags.append("--fsdp")
+    several = mode != "one"
+    begin = functools.partial(torchrun, HERE / "train.py") if several else start
+    begin(*flags, "--out_dir=whole").communicate(timeout=600)
+    seed = time.time_ns()
+    print(f"seed {seed}")   # shown if the test fails
+    rng = random.Random(seed)
+    died = 0
+    while died < 67:
+        process = begin(*flags, "--init_from=auto")
+        kill_one(process, several, rng)
+        died += process.returncode != 0
+        if Path("out/ckpt.pt").exists():   # readable after every kill
+            assert checkpoint()["step"] < 5000, f"it came to its end after {died} kills"
+    begin(*flags, "--init_from=auto").communicate(timeout=600)
+    assert checkpoint()["step"] == 5000
+    assert same_state(Path("out"), Path("whole"))
+    assert val_losses() == val_losses("whole/metrics.csv")
