@@ -1,7 +1,7 @@
 """
 GPT-2 in one file, and three changes that later models made to it: rotary positions (RoPE),
-grouped-query attention (GQA) and sliding-window attention (SWA). Each is a boolean of
-GPTConfig. With all three on, this is the architecture of StarCoder2.
+grouped-query attention (GQA) and sliding-window attention (SWA). Each is switched on by a
+boolean of GPTConfig. With all three on, this is the architecture of StarCoder2.
 
 Read it top to bottom: configuration, positions, attention, cache, block, sampling, the whole
 model.
@@ -19,9 +19,12 @@ Sources
              with a rolling cache: Jiang et al. 2023, "Mistral 7B", section 2
 
 Dimension key, used everywhere
-  B batch          T query tokens    S key tokens       V vocabulary    L layers
-  C channels       H query heads     K key/value heads (K = H unless use_gqa)
-  (n_embd)         G = H / K         D head width (C = H * D)           W window
+  B  batch                   H  query heads
+  T  query tokens            K  key/value heads (K = H unless use_gqa)
+  S  key tokens              G  query heads per key/value head (H = G*K)
+  C  channels (n_embd)       D  channels per head (C = H*D)
+  V  vocabulary              W  window
+  L  layers
 
 A window of W means that token i sees token j if 0 <= i - j < W: W tokens, itself included.
 """
@@ -59,50 +62,47 @@ class GPTConfig:
     use_gqa: bool = False     # fewer key/value heads, each shared by several query heads
     n_kv_head: int | None = None   # with use_gqa: how many; 1 = multi-query, n_head = multi-head
     use_swa: bool = False     # each token sees itself and the window_size-1 tokens before it
-    window_size: int | tuple[int, ...] | None = None   # with use_swa; or one per layer, 0 = full
+    window_size: int | tuple[int, ...] | None = None   # with use_swa: W; or one per layer
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             value = getattr(self, name)
             require(is_count(value), f"{name}={value!r} must be a positive integer")
         D = self.n_embd // self.n_head
-        shape = f"n_embd={self.n_embd}, n_head={self.n_head}"
-        require(self.n_embd % self.n_head == 0, f"{shape}: n_embd must be divisible by n_head")
+        require(self.n_embd % self.n_head == 0,
+                f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
         require(0 <= self.dropout < 1, f"dropout={self.dropout} must be from 0 to less than 1")
 
-        theta = f"rope_theta={self.rope_theta}"
-        is_default = self.rope_theta == GPTConfig.rope_theta
-        require(self.rope_theta > 0, f"{theta} must be positive")
-        require(self.use_rope or is_default, f"{theta} only applies when use_rope=True")
+        require(self.rope_theta > 0, f"rope_theta={self.rope_theta} must be positive")
+        require(self.use_rope or self.rope_theta == GPTConfig.rope_theta,
+                f"rope_theta={self.rope_theta} only applies when use_rope=True")
         require(not self.use_rope or D % 2 == 0,
-                f"{shape}: RoPE rotates pairs of channels, and a head of {D} channels is odd")
+                f"n_embd={self.n_embd}, n_head={self.n_head}: a head of {D} channels is odd, and "
+                f"RoPE rotates pairs of channels")
 
-        heads = f"n_kv_head={self.n_kv_head!r}"
-        is_set = self.n_kv_head is not None
-        both = f"use_gqa={self.use_gqa} with {heads}: set both or neither"
-        require(self.use_gqa == is_set, both)
+        require(self.use_gqa == (self.n_kv_head is not None),
+                f"use_gqa={self.use_gqa} with n_kv_head={self.n_kv_head}: set both or neither")
         if self.use_gqa:
             divides = is_count(self.n_kv_head) and self.n_head % self.n_kv_head == 0
-            require(divides,
-                    f"{heads} must be a positive integer that divides n_head={self.n_head}")
+            require(divides, f"n_kv_head={self.n_kv_head!r} must be a positive integer that "
+                             f"divides n_head={self.n_head}")
 
         if isinstance(self.window_size, list):   # as JSON has it
             self.window_size = tuple(self.window_size)
-        size = f"window_size={self.window_size!r}"
-        is_set = self.window_size is not None
-        both = f"use_swa={self.use_swa} with {size}: set both or neither"
-        require(self.use_swa == is_set, both)
-        require(all(W == 0 or is_count(W) for W in self.windows),
-                f"{size} must be an integer, or one per layer; 0 = full attention")
-        require(len(self.windows) == self.n_layer, f"{size} with n_layer={self.n_layer}: "
-                                                   f"give one window, or one per layer")
+        require(self.use_swa == (self.window_size is not None),
+                f"use_swa={self.use_swa} with window_size={self.window_size}: set both or neither")
+        fits = len(self.windows) == self.n_layer
+        fits = fits and all(W == 0 or is_count(W) for W in self.windows)
+        require(fits, f"window_size={self.window_size!r} with n_layer={self.n_layer}: must be an "
+                      f"integer, or one per layer; 0 = full attention")
 
     @property
     def windows(self):
         """The window of every layer, in tokens; 0 = full attention."""
         if isinstance(self.window_size, tuple):
             return self.window_size
-        return (self.window_size or 0,) * self.n_layer
+        W = self.window_size or 0
+        return (W,) * self.n_layer
 
 
 # ----------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ class GPTConfig:
 def rotate(x, pos, theta):
     """
     Rotate each pair of channels by an angle proportional to the token's position:
-    x (B,H,T,D), pos (T,) -> (B,H,T,D).
+    x (B,H or K,T,D), pos (T,) -> the same shape as x.
 
     Channel d is paired with channel d + D/2, as in Hugging Face's files. (The paper pairs
     neighbours, which is the same up to a permutation of channels.) Pair d turns by the angle
@@ -132,7 +132,9 @@ def rotate(x, pos, theta):
 def visible(query_pos, key_pos, window):
     """
     Which queries see which keys: positions (T,) and (S,) -> (T,S) bool. window 0 = no limit.
-    Decoding and plain causal attention satisfy this rule without a mask.
+
+    Two cases need no mask to satisfy this rule: plain causal attention, which the kernel knows,
+    and a single new token, which sees everything that the cache keeps.
     """
     distance = query_pos[:, None] - key_pos
     causal = (distance >= 0) & (key_pos >= 0)   # position -1 marks an empty slot of the cache
@@ -149,7 +151,7 @@ def attend(q, k, v, mask=None, causal=False, dropout=0.0):
     mask    (T,S) bool, True = visible; None = every key is visible to every query
     causal  True = query i sees keys 0 to i, without a mask; needs T = S
 
-    Query head h reads key/value head h // G:
+    Query head h reads key/value head h // G, for example with H = 4:
 
       multi-head (K = H)      grouped (K = H/2)       multi-query (K = 1)
       q  0  1  2  3           q  0  1  2  3           q  0  1  2  3
@@ -158,14 +160,16 @@ def attend(q, k, v, mask=None, causal=False, dropout=0.0):
     """
     B, H, T, D = q.shape
     K = k.shape[1]
+    G = H // K
     if T == 1 and mask is None:
-        # Decoding: the heads of a group become the queries of one head, so that no key is copied.
-        y = F.scaled_dot_product_attention(q.reshape(B, K, H // K, D), k, v, dropout_p=dropout)
-        return y.reshape(q.shape)
-    if K < H:
+        # One query sees every key. The G heads of a group become G queries of their key/value
+        # head, so that no key is copied: (B,H,1,D) -> (B,K,G,D).
+        y = F.scaled_dot_product_attention(q.reshape(B, K, G, D), k, v, dropout_p=dropout)
+        return y.reshape(B, H, T, D)
+    if G > 1:
         # Copies, because not every fused kernel accepts fewer key/value heads (enable_gqa=True).
-        k = k.repeat_interleave(H // K, dim=1)   # (B,H,S,D)
-        v = v.repeat_interleave(H // K, dim=1)
+        k = k.repeat_interleave(G, dim=1)   # (B,H,S,D)
+        v = v.repeat_interleave(G, dim=1)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
 
 
@@ -188,18 +192,6 @@ def attend_in_blocks(q, k, v, window, dropout=0.0):
         block_mask = mask[:q[i].shape[2], :two_k.shape[2]]
         y.append(attend(q[i], two_k, two_v, block_mask, dropout=dropout))
     return torch.cat(y, dim=2)
-
-
-def keys_per_query(T, W):
-    """
-    How many keys attention multiplies with one query, on average over a sequence of T tokens.
-    In full attention T, half of them masked. In blocks W for the first block, 2W for the ones
-    after it, and W + r for a last block of r < W tokens.
-    """
-    if not 0 < W < T:
-        return T
-    n, r = divmod(T, W)
-    return (W * W + (n - 1) * W * 2 * W + r * (W + r)) / T
 
 
 # ----------------------------------------------------------------------------------------------
@@ -225,25 +217,24 @@ class LayerCache:
 
     def update(self, k, v, pos):
         """
-        Take in k, v (B,K,T,D) of the tokens at pos (T,) -> k, v (B,K,S,D) and pos (S,): a
-        superset of what these tokens may attend to; the caller masks.
+        Take in k, v (B,K,T,D) of the tokens at pos (T,) -> k, v (B,K,S,D) and pos (S,) of what is
+        kept and what is new: all that these tokens may attend to, or more. The caller masks.
         """
         k = k.detach().type_as(self.k)   # otherwise each call would keep its autograd graph alive
         v = v.detach().type_as(self.v)
         T, slots = len(pos), len(self.pos)
-        overflows = T > 1 and self.length + T > slots
-        if overflows:
-            # Writing now would evict keys that this chunk's first tokens still need.
-            old = min(self.length, slots)
-            seen = (torch.cat((self.k[:, :, :old], k), dim=2),
-                    torch.cat((self.v[:, :, :old], v), dim=2),
-                    torch.cat((self.pos[:old], pos)))
-        slot = pos[-slots:] % slots
+        evicts_too_early = T > 1 and self.length + T > slots
+        if evicts_too_early:
+            # The last of these tokens replace what the first still need: attend, then evict.
+            seen = (torch.cat((self.k, k), dim=2),
+                    torch.cat((self.v, v), dim=2),
+                    torch.cat((self.pos, pos)))
+        slot = pos[-slots:] % slots          # if T > slots, only the last ones are kept
         self.k[:, :, slot] = k[:, :, -slots:]
         self.v[:, :, slot] = v[:, :, -slots:]
         self.pos[slot] = pos[-slots:]
         self.length += T
-        if overflows:
+        if evicts_too_early:
             return seen
         used = min(self.length, slots)
         return self.k[:, :, :used], self.v[:, :, :used], self.pos[:used]
@@ -255,7 +246,7 @@ class KVCache:
     def __init__(self, config, batch_size, device, dtype):
         self.config = config
         self.batch_size = batch_size
-        self.length = 0   # tokens taken in so far, which is the position of the next one
+        self.length = 0   # tokens taken in by all layers: the position of the next one
         K, D = config.n_kv_head or config.n_head, config.n_embd // config.n_head
         self.layers = [LayerCache((batch_size, K, W or config.block_size, D), device, dtype)
                        for W in config.windows]
@@ -265,13 +256,14 @@ class KVCache:
         self.length = 0
         for layer in self.layers:
             layer.length = 0
+            layer.pos.fill_(-1)
 
 
 # ----------------------------------------------------------------------------------------------
 # The model
 
 class Attention(nn.Module):
-    """Each token gathers from itself and the tokens before it. (B,T,C) -> (B,T,C)"""
+    """Each token gathers from itself and the tokens before it. x (B,T,C), pos (T,) -> (B,T,C)"""
 
     def __init__(self, config, window):
         super().__init__()
@@ -294,13 +286,14 @@ class Attention(nn.Module):
             k = rotate(k, pos, self.theta)                       # before the cache: once per key
         dropout = self.dropout if self.training else 0.0
 
-        continues = layer_cache is not None and layer_cache.length > 0
+        has_past = layer_cache is not None and layer_cache.length > 0
         if layer_cache is not None:
-            k, v, key_pos = layer_cache.update(k, v, pos)        # (B,K,S,D), (B,K,S,D), (S,)
-        if continues and T > 1:
-            y = attend(q, k, v, visible(pos, key_pos, self.window), dropout=dropout)
-        elif continues:
-            y = attend(q, k, v, dropout=dropout)                 # one token sees all that is kept
+            all_k, all_v, key_pos = layer_cache.update(k, v, pos)
+        if has_past and T > 1:
+            mask = visible(pos, key_pos, self.window)
+            y = attend(q, all_k, all_v, mask, dropout=dropout)
+        elif has_past:
+            y = attend(q, all_k, all_v, dropout=dropout)         # sees everything that is kept
         elif 0 < self.window < T:
             y = attend_in_blocks(q, k, v, self.window, dropout)
         else:
@@ -355,18 +348,30 @@ def sample(logits, temperature, top_k, top_p):
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None and top_p < 1:   # at 1, a float32 sum could exceed it too early
+    if top_p is not None and top_p < 1:   # 1 keeps all, which a rounded sum would not
         p, order = logits.softmax(-1).sort(descending=True)
         surplus = p.cumsum(-1) - p >= top_p               # the likelier tokens already suffice
-        surplus = surplus.scatter(-1, order, surplus)     # from sorted order back to ids
-        logits = logits.masked_fill(surplus, -torch.inf)
+        excluded = surplus.scatter(-1, order, surplus)    # from sorted order back to ids
+        logits = logits.masked_fill(excluded, -torch.inf)
     return torch.multinomial(logits.softmax(-1), num_samples=1)
+
+
+def keys_per_query(T, W):
+    """
+    The cost of attention: how many keys are multiplied with one query, on average over a sequence
+    of T tokens. Full attention: T, half of them masked. In blocks: W in the first block, 2W in
+    the ones after it, and W + r in a last block of r < W tokens.
+    """
+    if not 0 < W < T:
+        return T
+    n, r = divmod(T, W)
+    return (W * W + (n - 1) * W * 2 * W + r * (W + r)) / T
 
 
 class GPT(nn.Module):
     """
-    A decoder-only transformer. Parameters carry the names of the released checkpoint, so that
-    loading is a loop.
+    A decoder-only transformer. Parameters carry the names of the released checkpoint (as
+    Hugging Face has it), so that loading needs no table.
     """
     tokenizer_spec = None   # what the ids mean (plumbing/tokenizer.py); from_pretrained sets it
 
@@ -393,11 +398,11 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None):
         """
-        idx      (B,T) int64 token ids. Without RoPE, at most block_size of them, cached ones
-                 included
+        idx      (B,T) int64 token ids. At most block_size of them, cached ones included;
+                 with RoPE only if a layer without a window has to cache them
         targets  (B,T) int64, the token that follows each one; -1 = ignore this position
         cache    from new_cache(B), for inference only: idx continues what the cache has seen,
-                 and is added
+                 and is added to it
         returns  logits (B,T,V), and the loss: mean cross-entropy in nats per token, None
                  without targets, NaN if all targets are -1
         raises   ValueError for too many tokens, or a cache of another model or batch size
@@ -449,7 +454,7 @@ class GPT(nn.Module):
         """
         Floating-point operations to train on one token of a sequence of T tokens. Each weight
         of a matrix takes 2 forward and 4 backward (Kaplan et al. 2020, section 2.1). In each
-        layer, so do the C channels of each key (q k') and of each value.
+        layer, each key costs as much as 2C weights: C for q k', C for the weighted sum of v.
         """
         lookups = ["wpe.weight"]             # read, not multiplied
         if not self.config.tied:
@@ -480,8 +485,8 @@ class GPT(nn.Module):
             if not can_slide_forever and cache.length + new_tokens.shape[1] > block_size:
                 cache.reset()
                 new_tokens = idx[:, -block_size:]
-            hidden = self.hidden(new_tokens, cache)
-            logits = self.lm_head(hidden[:, -1])   # (B,V); the head is costly
+            x = self.hidden(new_tokens, cache)
+            logits = self.lm_head(x[:, -1])        # (B,V); the head is costly
             token = sample(logits[:, :vocab_size], temperature, top_k, top_p)
             if stop_token is not None:
                 token[ended] = stop_token          # a row that has ended stays ended
@@ -531,8 +536,8 @@ class GPT(nn.Module):
         overrides       fields of GPTConfig to change: dropout; a smaller block_size, which
                         drops the last positions; use_swa and window_size, which keep every
                         weight; use_gqa and n_kv_head, which make each key/value head the mean
-                        of those it replaces (GQA, section 2.1); use_rope, which drops wpe. The
-                        last three need further training
+                        of those it replaces (GQA, section 2.1); use_rope, which drops wpe. A
+                        model with a new switch needs further training
         raises          ValueError that names the field or the file, and what is wrong with it
         """
         # Imported here, so that model.py runs on its own.

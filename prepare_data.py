@@ -39,7 +39,8 @@ from plumbing.tokenizer import Tokenizer, code_points
 
 DATASETS = ("shakespeare", "shakespeare_bpe", "stdlib", "fineweb")
 SHAKESPEARE = {
-    "url": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "url": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+           "input.txt",
     "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 }
 FINEWEB = "datasets/kjj0/fineweb10B-gpt2/resolve/main"   # on the Hugging Face Hub

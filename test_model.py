@@ -307,9 +307,11 @@ def test_blocks_equal_the_mask_forward_and_backward(T, K):
 
 def test_blocks_under_dropout_have_the_mean_of_those_without():
     q, k, v = qkv(K=2, T=20, S=20, B=1, H=2, D=4)
-    drawn = torch.stack([attend_in_blocks(q, k, v, 6, dropout=0.3) for _ in range(2000)])
-    assert drawn.std(0)[0, :, 1:].min() > 0.01
-    assert torch.allclose(drawn.mean(0), attend_in_blocks(q, k, v, 6), atol=0.12)
+    expected = attend_in_blocks(q, k, v, 6)
+    many = [t.expand(4000, -1, -1, -1) for t in (q, k, v)]
+    drawn = attend_in_blocks(*many, 6, dropout=0.3)
+    assert drawn.std(0).min() > 0.01
+    assert torch.allclose(drawn.mean(0), expected[0], atol=0.1)
 
 
 @pytest.mark.parametrize("T", [1, 7, 8, 9, 16, 17, 50])
@@ -552,8 +554,9 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(model(idx)[0], model(idx)[0])
 
 
-@every_variant
 @pytest.mark.parametrize("T", [4, 23, 32])
+@pytest.mark.parametrize(
+    "switches", [*VARIANTS.values(), {"tied": False}], ids=[*VARIANTS.keys(), "untied"])
 def test_flops_per_token_is_what_torch_counts(T, switches):
     model = tiny(**switches)
     plain_kernel = sdpa_kernel(SDPBackend.MATH)   # the counter cannot see into the fused ones
@@ -562,8 +565,8 @@ def test_flops_per_token_is_what_torch_counts(T, switches):
     assert counter.get_total_flops() / (2 * T) == pytest.approx(model.flops_per_token(T), rel=1e-9)
 
 
-def same_gradients_compiled(backend, n_layer):
-    model, idx = tiny(n_layer=n_layer, **(ROPE | GQA | SWA)).train(), tokens(2, 23)
+def same_gradients_compiled(backend):
+    model, idx = tiny(n_layer=1, **(ROPE | GQA | SWA)).train(), tokens(2, 23)
     model(idx, idx)[1].backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -573,12 +576,12 @@ def same_gradients_compiled(backend, n_layer):
 
 
 def test_all_switches_trace_without_a_break_and_give_the_same_gradients():
-    same_gradients_compiled("aot_eager", n_layer=1)
+    same_gradients_compiled("aot_eager")
 
 
 @pytest.mark.slow
 def test_all_switches_compile_to_the_same_gradients():
-    same_gradients_compiled("inductor", n_layer=3)
+    same_gradients_compiled("inductor")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -766,13 +769,17 @@ def greedy_text_of_transformers(theirs, idx, n):
 
 def test_GPTConfig_is_GPT2_124M_with_the_logits_and_the_text_of_transformers(tmp_path):
     torch.manual_seed(0)
-    theirs = shake(transformers.GPT2LMHeadModel(transformers.GPT2Config()), size=0.02)
-    ours, idx = loaded(theirs, tmp_path), tokens(2, 200, 50257)
-    assert ours.config == GPTConfig()
+    ours, idx = shake(GPT(GPTConfig()), size=0.02), tokens(1, 200, 50257)
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    released = transformers.GPT2Config()
+    for key in ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd", "tie_word_embeddings",
+                "activation_function", "layer_norm_epsilon", "bos_token_id", "eos_token_id"):
+        assert getattr(theirs.config, key) == getattr(released, key), key
     assert difference(ours, theirs, idx) <= 1e-4
-    prompt = idx[:1, :8]
-    text = ours.generate(prompt, 32, temperature=0)
-    assert torch.equal(text, greedy_text_of_transformers(theirs, prompt, 32))
+    prompt = idx[:, :8]
+    text = ours.generate(prompt, 24, temperature=0)
+    assert torch.equal(text, greedy_text_of_transformers(theirs, prompt, 24))
 
 
 def test_loss_and_gradients_equal_transformers(tmp_path):
@@ -817,8 +824,8 @@ def hf_starcoder2(shape=TINY, K=2, window=None, noise=0.1, **changes):
 @pytest.mark.parametrize(
     "K, window",
     [
-        pytest.param(12, None, id="rope"),
         pytest.param(4, 64, id="rope+gqa+swa, W < T"),
+        pytest.param(12, None, id="rope", marks=pytest.mark.slow),
         pytest.param(4, None, id="rope+gqa", marks=pytest.mark.slow),
         pytest.param(1, 300, id="W = T", marks=pytest.mark.slow),
         pytest.param(4, 301, id="W > T", marks=pytest.mark.slow),

@@ -37,8 +37,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from model import GPT, GPTConfig, require
 from plumbing import reporting
-from plumbing.checkpoints import load_checkpoint, restore_optimizers, save_checkpoint
-from plumbing.device import choose_attention_kernel, choose_device, compiler_problem
+from plumbing.checkpoints import load_checkpoint, restore, save_checkpoint
+from plumbing.device import choose_attention_kernel, choose_device, compiler_problem, to_device
 from plumbing.errors import InputError, as_input_error, run_script
 from plumbing.muon import Muon
 from plumbing.processes import across, anywhere, decided_by_first, in_turn, joined
@@ -76,8 +76,7 @@ class TrainConfig:
     checkpoint_interval: int = 1000     # steps between checkpoints, besides those of evaluations
     checkpoint_minutes: float = 30.0    # maximum minutes between checkpoints
     fsdp: bool = False                  # under torchrun: shard the model instead of replicating it
-    reshard_after_forward: bool = True  # FSDP: free a block's gathered parameters after forward;
-                                        # False uses more memory and less communication
+    reshard_after_forward: bool = True  # FSDP: False sends less, but keeps gathered parameters
     checkpoint_activations: bool = False   # recompute a block in the backward pass: saves memory
     device: str = "auto"                # auto, cuda, cuda:1, mps, cpu
     dtype: str = "auto"                 # bfloat16 (matrix products), float32, auto = faster
@@ -107,7 +106,7 @@ class TrainConfig:
 
 
 def load_config(argv):
-    """Config files and flags -> TrainConfig, GPTConfig. See plumbing/settings.py for the forms."""
+    """For other programs: config files and flags -> TrainConfig, GPTConfig"""
     return tuple(read_settings(argv, __doc__, TrainConfig, GPTConfig)[0])
 
 
@@ -115,10 +114,11 @@ def load_config(argv):
 class Place:
     """Where this process computes, and its share of every batch."""
     device: torch.device
-    bf16: bool         # matrix products in bfloat16
-    rank: int          # of this process
-    world: int         # number of processes
-    micro: int         # sequences at once
+    bf16: bool           # matrix products in bfloat16
+    rank: int            # of this process
+    world: int           # number of processes
+    micro: int           # sequences at once
+    mode: str = "one"    # one process, ddp, or fsdp
 
     @property
     def autocast(self):
@@ -126,6 +126,7 @@ class Place:
 
 
 def find_place(c, group):
+    """Choose device, dtype and mode. InputError if the batch cannot be shared evenly."""
     device, bf16, line = choose_device(c.device, c.dtype)
     print(line)
     if device.type == "cuda":
@@ -136,7 +137,10 @@ def find_place(c, group):
             f"batch_size={c.batch_size} is not divisible among {group.world} process(es) with "
             f"{micro} sequences each at once: change batch_size, micro_batch_size="
             f"{c.micro_batch_size} or the number of processes")
-    return Place(device, bf16, group.rank, group.world, micro)
+    mode = "one"
+    if group.store is not None:
+        mode = "fsdp" if c.fsdp else "ddp"
+    return Place(device, bf16, group.rank, group.world, micro, mode)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -149,19 +153,25 @@ CHANGEABLE = ("block_size", "use_rope", "rope_theta", "use_gqa", "n_kv_head", "u
 
 def build_model(start, resuming, asked, given, meta):
     """
-    start     "scratch", or weights: the name of a release, a folder or a checkpoint
-    resuming  True: the weights are those of this run, whose shape is fixed
-    asked     the GPTConfig that files and flags describe
-    given     the settings that they mention; in all others the model is as its weights have it
+    The model to train. Raises InputError for what does not fit together.
+
+    start     "scratch", or "auto" with nothing to resume, for a new one; otherwise weights: the
+              name of a release, a folder or a checkpoint
+    resuming  whether start is the checkpoint of this run, whose shape is fixed
+    asked     the GPTConfig of files and flags
+    given     the settings that they mention, {name: "file" or "flag"}. Dropout apart, all others
+              are as the weights have them
     meta      meta.json of the dataset
     """
-    if start in ("scratch", "auto"):   # auto: there was no checkpoint to resume
+    if start in ("scratch", "auto"):
         if "vocab_size" not in given:
             asked = replace(asked, vocab_size=meta["vocab_size"])
         model = GPT(asked)
     else:
-        changes = {name: getattr(asked, name) for name in CHANGEABLE if name in given}
-        model = from_weights(start, asked, given, {} if resuming else changes)
+        changes = {}
+        if not resuming:
+            changes = {name: getattr(asked, name) for name in CHANGEABLE if name in given}
+        model = from_weights(start, asked, given, changes)
     if model.config.vocab_size < meta["vocab_size"]:
         raise InputError(f"vocab_size={model.config.vocab_size} is less than the "
                          f"{meta['vocab_size']} ids of the dataset")
@@ -173,7 +183,7 @@ def build_model(start, resuming, asked, given, meta):
 
 
 def from_weights(start, asked, given, changes):
-    """Trained weights with these changes. Whatever else was asked for must fit them as they are."""
+    """Trained weights with these changes; in other settings that were given they must agree."""
     with as_input_error():
         model = GPT.from_pretrained(start, dropout=asked.dropout, **changes)
     for name, have in asdict(model.config).items():
@@ -188,29 +198,31 @@ def from_weights(start, asked, given, changes):
 # One process, DDP or FSDP
 
 def wrap(model, c, place):
-    """Here one process, DDP and FSDP part -> the module that the loop calls"""
+    """Prepare the model for its mode. Returns the module that the loop calls."""
     if c.checkpoint_activations:
         for block in model.h:
             block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
     if c.compile or (c.compile is None and place.device.type == "cuda"):
         compile_model(model, c, place)
-    if c.fsdp:
+    if place.mode == "fsdp":
         return shard(model, c, place)
     model.to(place.device)
-    if dist.is_initialized():
+    if place.mode == "ddp":
         return replicate(model, c, place)
     return model
 
 
 def compile_model(model, c, place):
     problem = compiler_problem(place.device)
-    if anywhere(problem is not None)[0]:   # all processes or none
+    failed, = anywhere(problem is not None)   # all processes compile, or none
+    if failed:
         print(f"torch.compile failed, continuing without it: {problem or 'on another process'}")
         return
     print("torch.compile: the first steps take up to a few minutes")
-    # All blocks share one code object, which is compiled anew for each different window.
+    # The blocks share their code, which is compiled anew for each window: more than the usual 8.
     torch._dynamo.config.recompile_limit = 8 + 2 * len(model.h)
-    parts = model.h if c.fsdp else [model]   # FSDP works between the blocks
+    # FSDP gathers parameters between the blocks, so that each one is compiled by itself.
+    parts = model.h if place.mode == "fsdp" else [model]
     for part in parts:
         part.forward = torch.compile(part.forward)
 
@@ -227,13 +239,16 @@ def shard(model, c, place):
     policy = MixedPrecisionPolicy()
     if place.bf16:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for block in model.h:   # moved to the device and sharded one by one: no device holds them all
+    # This also moves a block to the device, and keeps its shard: no device ever holds all blocks.
+    for block in model.h:
         fully_shard(block, mesh=mesh, mp_policy=policy,
                     reshard_after_forward=c.reshard_after_forward)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)   # embedding and tied head, together
+    # What is left: the embedding and the head, which must be in one group when they are tied.
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def replicate(model, c, place):
+    """DDP around the model"""
     net = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if not c.eval_only:
         # After its first backward pass DDP regroups gradients into other buckets, which changes the
@@ -247,11 +262,11 @@ def replicate(model, c, place):
     return net
 
 
-def sync_gradients(net, last):
+def sync_gradients(net, place, last):
     """Exchange gradients only in the last backward pass of a step. Call before its forward pass."""
-    if isinstance(net, DistributedDataParallel):
+    if place.mode == "ddp":
         net.require_backward_grad_sync = last
-    elif hasattr(net, "set_requires_gradient_sync"):   # FSDP
+    elif place.mode == "fsdp":
         net.set_requires_gradient_sync(last)
 
 
@@ -293,32 +308,26 @@ def lr_at(step, c):
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (c.learning_rate - min_lr)
 
 
-def to_device(tensors, device):
-    if device.type == "cuda":   # pinned memory is copied while the CPU goes on
-        return [t.pin_memory().to(device, non_blocking=True) for t in tensors]
-    return [t.to(device) for t in tensors]
-
-
 def accumulate_gradients(step, net, data, c, place):
     """
-    The gradient of this process's share of the batch, place.micro sequences at a time -> the mean
-    loss of the share. DDP and FSDP average the gradients of all processes.
+    Add up the gradient of this process's share of the batch, place.micro sequences at a time. In
+    the end DDP and FSDP average it over all processes. Returns the mean loss of the share.
     """
     share = c.batch_size // place.world
     begin = step * c.batch_size + place.rank * share   # sequences are numbered from the first step
     total = torch.zeros((), device=place.device)
     for first in range(begin, begin + share, place.micro):
-        sync_gradients(net, last=first + place.micro == begin + share)
+        sync_gradients(net, place, last=first + place.micro == begin + share)
         x, y = to_device(data.batch(range(first, first + place.micro)), place.device)
         with place.autocast:
-            loss = net(x, y)[1] * (place.micro / share)   # no name for the logits: it keeps them
+            loss = net(x, y)[1] * (place.micro / share)   # [1] at once: the logits are large
         loss.backward()
         total += loss.detach()
     return total
 
 
 def train_step(step, net, optimizers, data, c, place):
-    """One optimizer step -> this process's mean loss, the norm of the gradient before clipping"""
+    """One optimizer step. Returns this process's mean loss and the norm of the whole gradient."""
     # Dropout depends on seed, step, rank and world alone, so a resumed run needs no random state.
     # Neighbouring seeds lie a million steps apart.
     torch.manual_seed((c.seed * 1_000_003 + step) * place.world + place.rank)
@@ -331,33 +340,34 @@ def train_step(step, net, optimizers, data, c, place):
     norm = whole(torch.nn.utils.clip_grad_norm_(net.parameters(), max_norm))
     for optimizer in optimizers:
         optimizer.step()
-    # DDP's gradients are views into its buckets and must stay.
-    net.zero_grad(set_to_none=not isinstance(net, DistributedDataParallel))
+    net.zero_grad(set_to_none=place.mode != "ddp")   # DDP's are views into its buckets: they stay
     return loss, norm
 
 
 @torch.no_grad()
 def evaluate(net, data, c, place):
     """
-    Mean loss in nats per token over the first eval_iters * batch_size windows of the validation
+    Mean loss in nats per token over the first eval_iters * batch_size sequences of the validation
     split, the same ones each time. Every process takes part and gets the result.
     """
     net.eval()
     n = min(data.n, c.eval_iters * c.batch_size)
     total = 0.0
-    # All processes make equally many calls, because FSDP gathers parameters from all of them.
+    # All processes make equally many calls of one size: FSDP gathers parameters from all of them,
+    # and torch.compile would compile again for another size. So the end is filled with repeats of
+    # the last sequence, whose targets are ignored.
     for first in range(0, n, place.micro * place.world):
         begin = first + place.rank * place.micro
         indices = range(begin, begin + place.micro)
         counted = sum(i < n for i in indices)
-        x, y = data.windows([min(i, n - 1) for i in indices])
-        y[counted:] = -1   # ignored; a smaller batch would make torch.compile compile again
+        x, y = data.sequences([min(i, n - 1) for i in indices])
+        y[counted:] = -1
         x, y = to_device((x, y), place.device)
         with place.autocast:
             loss = net(x, y)[1]
         if counted:
             total += loss.item() * counted
-    if hasattr(net, "reshard"):
+    if place.mode == "fsdp":
         # FSDP frees gathered parameters in the backward pass, and there was none.
         for part in (*net.h, net):
             part.reshard()
@@ -391,53 +401,48 @@ class Run:
 
 
 def set_up(c, gpt_config, given, group):
-    """-> Run, ready for its first step, or for the one after the checkpoint"""
+    """Everything that comes before the first step, or before the one after the checkpoint"""
     path = checkpoint_to_resume(c.out_dir, c.init_from)
     checkpoint = load_checkpoint(path) if path else None
     before = checkpoint["train_config"] if checkpoint else {}
     if c.dtype == "auto":
         c = replace(c, dtype=before.get("dtype", "auto"))   # not measured anew on resume
     place = find_place(c, group)
+    c = replace(c, dtype="bfloat16" if place.bf16 else "float32")
+
     tokens = c.max_iters * c.batch_size * gpt_config.block_size
-    may_substitute = given.get("dataset") != "flag"
+    substitutable = given.get("dataset") != "flag"
     dataset = decided_by_first(
-        group, lambda: find_dataset(c.dataset, tokens, may_substitute, before.get("dataset")))
-    c = replace(c, dataset=dataset, dtype="bfloat16" if place.bf16 else "float32")
-    folder = Path("data") / dataset
+        group, lambda: find_dataset(c.dataset, tokens, substitutable, before.get("dataset")))
+    c = replace(c, dataset=dataset)
 
     def load():
-        prepare_if_missing(dataset, tokens)   # on the other machines
-        meta = load_meta(folder)
+        prepare_if_missing(dataset, tokens)   # for machines whose disk rank 0 does not share
+        meta = load_meta(Path("data") / dataset)
         torch.manual_seed(c.seed)
         start = path or c.init_from
         return meta, build_model(start, checkpoint is not None, gpt_config, given, meta)
 
-    meta, model = in_turn(group, load)
-    data = [Data(folder, meta, split, model.config.block_size, c.seed)
-            for split in ("train", "val")]
-    lengths = [W or model.config.block_size for W in model.config.windows]
-    choose_attention_kernel(place.device, place.bf16, min(lengths))
-    net = wrap(model, c, place)
-    optimizers = make_optimizers(model, c, place.device)   # after wrap: FSDP replaces parameters
-    run = Run(c, place, model, net, optimizers, *data, meta["tokenizer"])
+    meta, model = in_turn(group, load)   # one process downloads what the others then find
+    run = make_run(c, place, meta, model)
     if checkpoint:
-        resume(run, checkpoint, path)
+        restore(run, checkpoint, path)
+        reporting.resumed(run, path, before)
+    if across(run.step, dist.ReduceOp.MAX) != across(run.step, dist.ReduceOp.MIN):
+        raise InputError(f"{c.out_dir} is not at the same step on all machines: it must be one "
+                         f"folder that they share")
     return run
 
 
-def resume(run, checkpoint, path):
-    before = checkpoint["train_config"]
-    optimizer = before.get("optimizer", "adamw")
-    if optimizer != run.c.optimizer:
-        raise InputError(f"{path} was trained with optimizer={optimizer}, whose state "
-                         f"{run.c.optimizer} cannot use: --optimizer={optimizer} continues the run")
-    restore_optimizers(run.optimizers, run.model, checkpoint["optimizer"], path)
-    run.step = checkpoint["step"]
-    run.best_val_loss = checkpoint["best_val_loss"]
-    reporting.resumed(run, path, before)
-    if across(run.step, dist.ReduceOp.MAX) != run.step:
-        raise InputError(f"{run.c.out_dir} is at step {run.step} here and further elsewhere: "
-                         f"it must be one folder that all machines share")
+def make_run(c, place, meta, model):
+    block_size = model.config.block_size
+    train_data, val_data = [Data(Path("data") / c.dataset, meta, split, block_size, c.seed)
+                            for split in ("train", "val")]
+    shortest = min(W or block_size for W in model.config.windows)   # sequence in an attention call
+    choose_attention_kernel(place.device, place.bf16, shortest)
+    net = wrap(model, c, place)
+    optimizers = make_optimizers(model, c, place.device)   # after wrap: FSDP replaces parameters
+    return Run(c, place, model, net, optimizers, train_data, val_data, meta["tokenizer"])
 
 
 @dataclass
@@ -463,13 +468,13 @@ def what_is_due(step, c, stop_requested, minutes_since_save):
 
 
 def loop(run, announce_signals):
-    """Train until max_iters or a signal -> None, or the name of the signal"""
+    """Train until max_iters or a signal. Returns the name of the signal, or None."""
     c = run.c
     first_step = logged_step = run.step
     stopwatch = Stopwatch()
     saved_at = time.monotonic()
     with StopSignals(announce_signals) as signals:
-        while True:
+        while True:   # the first time, there is nothing to log or save yet
             minutes = (time.monotonic() - saved_at) / 60
             due = what_is_due(run.step, c, signals.received is not None, minutes)
             if due.log or due.save:   # only then: reading a number waits for the GPU
@@ -504,6 +509,7 @@ def checked_loss(run):
 
 
 def evaluate_and_keep_best(run):
+    """Evaluate, and save best.pt if the loss is the lowest so far."""
     val_loss = evaluate(run.net, run.val_data, run.c, run.place)
     reporting.check_finite(run.step, "validation loss", val_loss)
     reporting.evaluated(run, val_loss)
@@ -512,23 +518,24 @@ def evaluate_and_keep_best(run):
         run.save("best.pt")
 
 
-def train(c, gpt_config, given, argv, group):
-    run = set_up(c, gpt_config, given, group)
+def train(asked, gpt_config, given, argv, group):
+    """asked: a TrainConfig; run.c is the same with all that was "auto" decided"""
+    run = set_up(asked, gpt_config, given, group)
     reporting.begun(run)
-    if c.eval_only:
+    if run.c.eval_only:
         print(f"validation loss {evaluate(run.net, run.val_data, run.c, run.place):.4f}")
         return
     if group.rank == 0:
-        out_dir = Path(c.out_dir)
+        out_dir = Path(run.c.out_dir)
         make_out_dir(out_dir, keep=run.step > 0)
         run.metrics = Metrics(out_dir / "metrics.csv", resume_step=run.step or None)
-    stopped_by = loop(run, announce_signals=group.store is None)
+    stopped_by = loop(run, announce_signals=group.store is None)   # torchrun announces them itself
     if stopped_by:
         reporting.stopped(run, stopped_by, argv)
     elif group.rank == 0:
         reporting.ended(run)
         show_sample(run)
-    if run.c.dataset != c.dataset:
+    if run.c.dataset != asked.dataset:
         print(SUBSTITUTE_NOTE)
 
 
@@ -550,8 +557,8 @@ def main(argv):
             f"--fsdp shards the model across several processes, which torchrun starts: torchrun "
             f"--standalone --nproc_per_node={n} train.py {shlex.join(argv)}")
     with joined() as group:
-        # A config file may read what differs between processes: rank 0's settings are everyone's.
-        c, gpt_config, given = decided_by_first(
+        # A config file may read what differs between machines: rank 0's settings are everyone's.
+        c, gpt_config, given = decided_by_first(   # as JSON
             group, lambda: (asdict(c), asdict(gpt_config), given))
         train(TrainConfig(**c), GPTConfig(**gpt_config), given, argv, group)
 

@@ -5,12 +5,10 @@ go into results/papers.csv.
 
 import csv
 import io
-import multiprocessing
 import random
-import signal
 import statistics
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +17,15 @@ from typing import NamedTuple
 import torch
 
 import train
-from assessment.measure import RESULTS, ROOT, cpu_only, machine, print_versions, read_results
+from assessment.measure import (
+    RESULTS,
+    ROOT,
+    cpu_only,
+    in_new_process,
+    machine,
+    print_versions,
+    read_results,
+)
 from model import GPT
 from plumbing.checkpoints import load_checkpoint
 from plumbing.errors import InputError
@@ -147,7 +153,7 @@ def loss_at_length(out, data_name, T):
     data = Data(folder, load_meta(folder), "val", max(LENGTHS), seed=0)
     losses = []
     for i in range(100):
-        x, y = data.windows([i])
+        x, y = data.sequences([i])
         y[:, :-64] = -1
         losses.append(model(x[:, -T:], y[:, -T:])[1].item())
     return statistics.mean(losses)
@@ -252,22 +258,24 @@ def write_rows(results):
         f.write(("\n".join(lines) + "\n").encode())
 
 
-def train_all(jobs, dtype, folder):
-    """Yield each Job and its rows, in order. As many run side by side as there are threads."""
-    with ProcessPoolExecutor(
-        torch.get_num_threads(),
-        multiprocessing.get_context("spawn"),
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),   # Ctrl-C is for train.py and this process
-    ) as pool:
-        futures = {}
-        for job, flags in jobs.items():
-            futures[job] = pool.submit(rows_of_job, job, flags, dtype, folder)
+def train_all(jobs, results, dtype, folder):
+    """Train {Job: flags}, one per thread at a time; their rows go into results and papers.csv."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         try:
-            for job, future in futures.items():
-                yield job, future.result()
+            futures = {}
+            for job, flags in jobs.items():
+                futures[job] = pool.submit(
+                    in_new_process, rows_of_job, job, flags, dtype, folder
+                )
+            for i, (job, future) in enumerate(futures.items(), 1):
+                rows = future.result()
+                results[job] = [(*row[:-1], f"{row[-1]:.4f}") for row in rows]
+                write_rows(results)
+                losses = [row[-1] for row in rows if row[0] == job.experiment]
+                name = " ".join(map(str, job))
+                print(f"{i} of {len(jobs)}: {name} {losses[0]:.4f} to {losses[-1]:.4f}")
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)   # Ctrl-C reaches the jobs under way, too
 
 
 def print_means():
@@ -301,10 +309,5 @@ def main(parts):
         results.setdefault(job_of(row), []).append(tuple(row.values()))
     with tempfile.TemporaryDirectory() as folder:
         prepare_texts(sorted({job.data for job in jobs}), folder)
-        for i, (job, rows) in enumerate(train_all(jobs, dtype, folder), 1):
-            results[job] = [(*row[:-1], f"{row[-1]:.4f}") for row in rows]
-            write_rows(results)
-            losses = [row[-1] for row in rows if row[0] == job.experiment]
-            name = " ".join(map(str, job))
-            print(f"{i} of {len(jobs)}: {name} {losses[0]:.4f} to {losses[-1]:.4f}")
+        train_all(jobs, results, dtype, folder)
     print_means()

@@ -43,6 +43,12 @@ def cpu_only():
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def in_new_process(f, *args):
+    """f(*args), computed in a process that has done nothing else"""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(f, *args).result()
+
+
 # ----------------------------------------------------------------------------------------------
 # Time
 
@@ -136,8 +142,7 @@ def added_mb(make, *args):
     # glibc then returns each freed tensor to the system; otherwise it would still count as held.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(measure_added_mb, make, *args).result()
+        return in_new_process(measure_added_mb, make, *args)
     finally:
         del os.environ["MALLOC_MMAP_THRESHOLD_"]
 

@@ -98,14 +98,32 @@ def load_pickle(path, mmap=False):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise
-    except Exception as e:
-        # torch reports a damaged file as RuntimeError, EOFError, OSError and more
-        problem = f"is cut short or not a checkpoint: {first_line(e) or repr(e)}"
-        if isinstance(e, pickle.UnpicklingError):   # torch's text advises to trust the file
-            problem = "is cut short or not a checkpoint"
-            if "GLOBAL" in str(e):   # the pickle names a function that torch does not know as safe
-                problem = "holds more than tensors and plain values: loading it could run code"
-        raise InputError(f"{path} {problem}") from None
+    except pickle.UnpicklingError as e:   # its own text advises to trust the file
+        if "GLOBAL" in str(e):   # the file names a function that torch does not know to be safe
+            raise InputError(
+                f"{path} holds more than tensors and plain values: loading it could run code"
+            ) from None
+        raise InputError(f"{path} is cut short or not a checkpoint") from None
+    except Exception as e:   # torch reports a damaged file as RuntimeError, EOFError, OSError, ...
+        raise InputError(
+            f"{path} is cut short or not a checkpoint: {first_line(e) or repr(e)}"
+        ) from None
+
+
+def restore(run, checkpoint, path):
+    """
+    Put what load_checkpoint returned, the model apart, into run, a Run of train.py. path is for
+    errors.
+    """
+    optimizer = checkpoint["train_config"].get("optimizer", "adamw")
+    if optimizer != run.c.optimizer:
+        raise InputError(
+            f"{path} was trained with optimizer={optimizer}, whose state {run.c.optimizer} cannot "
+            f"use: --optimizer={optimizer} continues the run"
+        )
+    restore_optimizers(run.optimizers, run.model, checkpoint["optimizer"], path)
+    run.step = checkpoint["step"]
+    run.best_val_loss = checkpoint["best_val_loss"]
 
 
 def restore_optimizers(optimizers, model, states, path):

@@ -58,10 +58,10 @@ def average_heads(tensors, theirs, ours, path):
         if ".c_attn." not in name:
             continue
         rows = (H + 2 * K) * D   # H query heads, K key heads, K value heads
-        if len(t) != rows:
+        if t.shape[:1] != (rows,):
             raise InputError(
-                f"{path}: {name} has {len(t)} rows, {H} query heads and twice {K} key/value heads "
-                f"of {D} need {rows}"
+                f"{path}: {name} has shape {tuple(t.shape)}, but {H} query heads and twice {K} "
+                f"key/value heads of {D} need {rows} rows"
             )
         q, kv = t.split((H * D, 2 * K * D))
         heads = kv.unflatten(0, (2 * new_K, K // new_K, D))

@@ -137,6 +137,13 @@ def choose_attention_kernel(device, bf16, length):
     torch.backends.cuda.enable_flash_sdp(not slow)   # despite its name this covers CPUs too
 
 
+def to_device(tensors, device):
+    """Copies of CPU tensors. From pinned memory a GPU fetches them while the CPU goes on."""
+    if device.type == "cuda":   # not mps: asynchronous copies to Apple GPUs have lost data
+        return [t.pin_memory().to(device, non_blocking=True) for t in tensors]
+    return [t.to(device) for t in tensors]
+
+
 def compiler_problem(device):
     """None if torch.compile works on this machine, otherwise the reason why not."""
     try:

@@ -10,6 +10,7 @@ from plumbing.files import need_disk, sha256
 from plumbing.progress import Progress
 
 TIMEOUT = (10, 30)   # seconds to connect, and to wait for the next bytes
+CONTINUE = "run the same command again to continue from there"
 
 
 class DownloadError(InputError):
@@ -34,37 +35,24 @@ def download(url, path, sha256sum=None):
     path = Path(path)
     part = Path(f"{path}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    have = part.stat().st_size if part.exists() else 0
-    headers = request_headers(url, have)
     try:
-        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-            if response.status_code == 416 and have:   # .part is as long as the file, or longer
-                part.unlink()
-                return download(url, path, sha256sum)
+        with request(url, part) as response:
             if response.status_code not in (200, 206):
                 raise DownloadError(
                     f"{url} answered {response.status_code} {response.reason}: to continue "
                     f"without it, {alternatives(path)}"
                 )
-            if response.status_code == 200:   # the whole file, even if we asked for the rest of it
-                have = 0
-            total = have + int(response.headers.get("Content-Length", 0))
             sha256sum = sha256sum or hash_from_hub(response)
-            receive(response, part, have, total)
+            total = receive(response, part)
     except requests.RequestException as e:
-        arrived = part.stat().st_size if part.exists() else 0
+        arrived = size_of(part)
         if arrived == 0:
             raise DownloadError(f"cannot fetch {url}: {reason(e)}; {alternatives(path)}") from None
         raise DownloadError(
-            f"{url}: the connection broke after {arrived:,} bytes: run the same command again to "
-            "continue from there"
+            f"{url}: the connection broke after {arrived:,} bytes: {CONTINUE}"
         ) from None
-    arrived = part.stat().st_size
-    if total and arrived != total:
-        raise DownloadError(
-            f"{url}: {arrived:,} of {total:,} bytes arrived: run the same command again to "
-            "continue from there"
-        )
+    if total and size_of(part) != total:
+        raise DownloadError(f"{url}: {size_of(part):,} of {total:,} bytes arrived: {CONTINUE}")
     mismatch = wrong_sha256(part, sha256sum)
     if mismatch:
         part.unlink()   # else the next call would continue from these bytes
@@ -74,15 +62,41 @@ def download(url, path, sha256sum=None):
     os.replace(part, path)
 
 
-def request_headers(url, have):
-    """For a request that continues after have bytes."""
+def request(url, part):
+    """-> the server's answer to a request for the bytes that part does not have yet"""
     headers = {"Accept-Encoding": "identity"}   # uncompressed: offsets are those of the file itself
-    if have:
-        headers["Range"] = f"bytes={have}-"
     token = os.environ.get("HF_TOKEN")
     if token and url.startswith(hub_url("")):
         headers["Authorization"] = f"Bearer {token}"   # requests drops it when redirected elsewhere
-    return headers
+    have = size_of(part)
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    response = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)
+    if have and response.status_code == 416:   # part is as long as the file, or longer
+        response.close()
+        part.unlink()
+        return request(url, part)
+    return response
+
+
+def receive(response, part):
+    """Write the body of response to part -> the size of the whole file, 0 if it is unknown"""
+    # 206 means the bytes after those in part, 200 the whole file: not every server sends parts.
+    have = size_of(part) if response.status_code == 206 else 0
+    missing = int(response.headers.get("Content-Length", 0))
+    total = have + missing if missing else 0
+    need_disk(part.parent, missing, f"downloading {part.stem}")
+    progress = Progress(f"downloading {part.stem}", total, have)
+    with open(part, "ab" if have else "wb") as f:
+        for piece in response.iter_content(1 << 16):
+            f.write(piece)
+            have += len(piece)
+            progress(have)
+    return total
+
+
+def size_of(path):
+    return path.stat().st_size if path.exists() else 0
 
 
 def hash_from_hub(response):
@@ -92,17 +106,6 @@ def hash_from_hub(response):
         if len(etag) == 64:
             return etag
     return None
-
-
-def receive(response, part, have, total):
-    """Append the body of response to the first have bytes of part."""
-    need_disk(part.parent, total - have, f"downloading {part.stem}")
-    progress = Progress(f"downloading {part.stem}", total, have)
-    with open(part, "ab" if have else "wb") as f:
-        for piece in response.iter_content(1 << 16):
-            f.write(piece)
-            have += len(piece)
-            progress(have)
 
 
 def reason(e):

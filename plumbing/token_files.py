@@ -82,8 +82,8 @@ def check_size(path, expected):
 
 class Data:
     """
-    One split of a prepared dataset as n windows of block_size+1 tokens: block_size inputs, each
-    with the token that follows it. A window is read from its file when it is asked for, so memory
+    One split of a prepared dataset as n sequences of block_size+1 tokens: block_size inputs, each
+    with the token that follows it. A sequence is read from its file when it is asked for, so memory
     does not grow with the data.
     """
 
@@ -96,10 +96,10 @@ class Data:
         self.dtype = np.dtype(meta["dtype"])
         self.vocab_size = meta["vocab_size"]
         self.header_bytes = meta["header_bytes"]
-        # A window ends with the first token of the next one, so the last window needs a token more.
-        windows_per_file = [max(0, tokens - 1) // block_size for _, tokens in self.files]
-        self.first_window = np.cumsum([0] + windows_per_file)   # of every file, and the total
-        self.n = int(self.first_window[-1])
+        # A sequence ends with the first token of the next one: the last one needs a token more.
+        sequences_per_file = [max(0, tokens - 1) // block_size for _, tokens in self.files]
+        self.first_sequence = np.cumsum([0] + sequences_per_file)   # of every file, and the total
+        self.n = int(self.first_sequence[-1])
         if self.n == 0:
             tokens = sum(meta[split].values())
             raise InputError(
@@ -111,7 +111,7 @@ class Data:
     def batch(self, numbers):
         """
         The training sequences with these numbers, counted from the start of training: x, y as in
-        windows(). Every epoch visits each window once, in an order and with a shift of its own.
+        sequences(). Every epoch visits each sequence once, in an order and with a shift of its own.
         Both depend on seed and epoch alone, so a resumed run has no state to restore.
         """
         indices = []
@@ -125,26 +125,26 @@ class Data:
                 self.shift = rng.random()
             indices.append(self.order[place])
             shifts.append(self.shift)
-        return self.windows(indices, shifts)
+        return self.sequences(indices, shifts)
 
-    def windows(self, indices, shifts=None):
+    def sequences(self, indices, shifts=None):
         """x, y: (len(indices), block_size) int64, where y is x one token later."""
         if shifts is None:
             shifts = [0.0] * len(indices)
-        ids = np.stack([self.window(i, s) for i, s in zip(indices, shifts, strict=True)])
+        ids = np.stack([self.sequence(i, s) for i, s in zip(indices, shifts, strict=True)])
         ids = torch.from_numpy(ids.astype(np.int64))
         # Copies, because only contiguous tensors go from pinned memory to a GPU in the background.
         return ids[:, :-1].clone(), ids[:, 1:].clone()
 
-    def window(self, i, shift=0.0):
+    def sequence(self, i, shift=0.0):
         """
-        Window i as block_size+1 ids. shift, a fraction of its file, moves it along that file, whose
-        end is followed by its beginning.
+        Sequence i as block_size+1 ids. shift, a fraction of its file, moves it along that file,
+        whose end is followed by its beginning.
         """
-        file = int(np.searchsorted(self.first_window, i, side="right")) - 1
+        file = int(np.searchsorted(self.first_sequence, i, side="right")) - 1
         name, tokens = self.files[file]
         path = self.folder / name
-        start = (i - self.first_window[file]) * self.block_size + int(shift * tokens)
+        start = (i - self.first_sequence[file]) * self.block_size + int(shift * tokens)
         ids = self.read(path, start % tokens, self.block_size + 1)
         missing = self.block_size + 1 - len(ids)
         if missing:   # the file ended

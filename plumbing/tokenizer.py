@@ -63,7 +63,7 @@ def gpt2_bpe():
     """GPT-2's vocabulary, which tiktoken downloads once and keeps."""
     try:
         return tiktoken.get_encoding("gpt2")
-    except requests.RequestException as e:
+    except (requests.RequestException, ValueError) as e:   # ValueError: of a wrong hash
         raise DownloadError(
             f"the GPT-2 tokenizer is not on this machine and {reason(e)}. tiktoken fetches "
             "vocab.bpe and encoder.json from openaipublic.blob.core.windows.net: run once on a "

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from every_mode import train_every_mode
-from helpers import LINES, Server
+from helpers import Server, prepare_tiny
 
+from model import GPT
 from plumbing.errors import InputError
 from plumbing.tokenizer import Tokenizer
-from prepare_data import prepare_text
 
 torch.set_num_threads(1)   # the models are so small that a second thread only slows them down
 
@@ -29,8 +29,7 @@ def home(tmp_path, monkeypatch):
     """Each test runs in its own folder, with a tiny prepared dataset and no proxy to its server."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "*")
-    Path("text.txt").write_text(LINES * 40, encoding="utf-8", newline="")
-    prepare_text(Path("data/tiny"), ["text.txt"], "char")
+    prepare_tiny()
     return tmp_path
 
 
@@ -46,6 +45,16 @@ def no_orphans(home):
             except OSError:   # it has just ended, or is not ours
                 continue
             assert not inside or int(folder.name) == os.getpid(), command
+
+
+@pytest.fixture
+def short_sample(monkeypatch):
+    """The sample at the end of a run has 8 tokens: 256 would take longer than a tiny run."""
+    generate = GPT.generate
+
+    def generate_few(self, idx, max_new_tokens, *args, **options):
+        return generate(self, idx, min(max_new_tokens, 8), *args, **options)
+    monkeypatch.setattr(GPT, "generate", generate_few)
 
 
 @pytest.fixture

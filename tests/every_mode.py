@@ -1,13 +1,11 @@
 """Train in every mode, uninterrupted and resumed from every other, starting processes only once."""
 
 import json
-from pathlib import Path
 
 import pytest
-from helpers import LINES, LONGER, PROGRAMS, finish, torchrun
+from helpers import LONGER, PROGRAMS, finish, prepare_tiny, torchrun
 
 import train
-from prepare_data import prepare_text
 
 # one process, DDP and FSDP, the digit being the number of accumulation steps
 MODES = ("one3", "ddp3", "fsdp3")
@@ -22,8 +20,7 @@ def train_every_mode(folder, n):
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        Path("text.txt").write_text(LINES * 40, encoding="utf-8", newline="")
-        prepare_text(Path("data/tiny"), ["text.txt"], "char")
+        prepare_tiny()
         for argv in runs_of_one_process(n):
             train.main(argv)
         process = torchrun(PROGRAMS / "many_runs.py", json.dumps(runs_of_several(n)), n=n)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from plumbing.errors import run_script
+from prepare_data import prepare_text
 
 HERE = Path(__file__).resolve().parents[1]
 PROGRAMS = HERE / "tests" / "programs"
@@ -38,6 +39,12 @@ needs_full_disk = pytest.mark.skipif(
     not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
 needs_shakespeare = pytest.mark.skipif(
     not SHAKESPEARE_TEXT.exists(), reason="data/shakespeare/input.txt is not here")
+
+
+def prepare_tiny():
+    """text.txt and the dataset tiny, in the current folder"""
+    Path("text.txt").write_text(LINES * 40, encoding="utf-8", newline="")
+    prepare_text(Path("data/tiny"), ["text.txt"], "char")
 
 
 def without(flags, *names):
@@ -107,13 +114,13 @@ def fails(script, *argv, match):
     and the last line on stderr, which is returned, must match.
     """
     err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
         patch.setattr(sys, "argv", [script.__name__, *map(str, argv)])
         patch.setattr(sys, "stderr", err)
         run_script(script.main)
     err.seek(0)
     text = err.read()
-    assert exit.value.code == 1 and "Traceback" not in text, text
+    assert caught.value.code == 1 and "Traceback" not in text, text
     line = text.splitlines()[-1]
     assert re.search(match, line), text
     return line
@@ -126,8 +133,8 @@ def start(*argv, script="train.py"):
 
 def torchrun(script, *argv, n=2, options=("--standalone",), cwd=None):
     """Start a script in n processes, as a user would."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc_per_node={n}"]
-    return open_process([*torchrun, str(script), *argv], cwd)
+    command = [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc_per_node={n}"]
+    return open_process([*command, str(script), *argv], cwd)
 
 
 def open_process(command, cwd=None):

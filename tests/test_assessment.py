@@ -31,7 +31,7 @@ def test_python_m_assessment_lists_its_commands():
     (["speed", "decoding"], "^error: .*decoding"),
     (["claims", "ropes"], "^error: claims ropes: .*rope"),
     (["plots", "cost"], "^error: plots"),
-], ids=" ".join)
+], ids=["command", "of cost", "of speed", "of claims", "of plots"])
 def test_unknown_command_or_part_is_one_clear_line(argv, match):
     fails(assessment, *argv, match=match)
 

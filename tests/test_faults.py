@@ -25,6 +25,8 @@ import train
 from model import GPT
 from plumbing.errors import report
 
+pytestmark = pytest.mark.usefixtures("short_sample")
+
 
 def test_out_dir_that_cannot_be_written_is_one_clear_line():
     Path("occupied").write_text("a file")
@@ -112,7 +114,7 @@ def test_signal_before_the_first_step_leaves_nothing_to_resume(monkeypatch, caps
 @needs_linux
 def test_run_killed_twice_and_resumed_is_exact_to_the_bit():
     """kill -9 at a random moment of the training"""
-    flags = [*TINY, "--max_iters=400", "--dropout=0.1", "--checkpoint_interval=1",
+    flags = [*TINY, "--max_iters=200", "--dropout=0.1", "--checkpoint_interval=1",
              "--eval_interval=50", "--log_interval=50"]
     train.main([*flags, "--out_dir=whole"])
     for _ in range(2):

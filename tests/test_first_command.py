@@ -13,6 +13,7 @@ import train
 from plumbing.token_files import load_meta
 from prepare_data import SHAKESPEARE, prepare
 
+pytestmark = pytest.mark.usefixtures("short_sample")
 CONFIG = str(HERE / "config" / "shakespeare.py")
 FIRST = [CONFIG, "--out_dir=out", *without(TINY, "dataset")]
 PLACE = str(Path("data/shakespeare/input.txt"))

@@ -16,10 +16,12 @@ import pytest
 from helpers import HERE
 
 import train
+from assessment.__main__ import COMMANDS
 
 SCRIPTS = ["model", "train", "sample", "prepare_data"]
 PACKAGES = {"torch", "numpy", "tiktoken", "requests"}   # all that is needed at run time
-PAGES = [HERE / "README.md", HERE / "assessment" / "README.md", *sorted(HERE.glob("docs/*.md"))]
+PAGES = [HERE / "README.md", HERE / "assessment" / "README.md"]
+PAGES += sorted(HERE.glob("docs/*.md")) + sorted(HERE.glob("lessons/*.md"))
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(HERE)))
 
@@ -177,12 +179,12 @@ def test_model_runs_alone_in_an_empty_folder(tmp_path):
 # ------------------------------------------------------------------------------------------------
 # The pages
 
-FOLDERS = r"(?:config|plumbing|tests|assessment|docs|\.ci|\.github)"
+FOLDERS = r"(?:config|plumbing|tests|assessment|docs|lessons|\.ci|\.github)"
 PATH_IN_A_FOLDER = re.compile(rf"(?<![\w/.-]){FOLDERS}/[\w./-]*\w")
 NAME_OF_A_FILE = re.compile(r"(?<![\w/.-])[\w-]+\.(?:py|md|png)\b")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 SCRIPT_OF_A_COMMAND = re.compile(r"python3? ([\w./-]+\.py)")
-MODULE_OF_A_COMMAND = re.compile(r"python3? -m (assessment) (\w+)")
+COMMAND_OF_THE_ASSESSMENT = re.compile(r"python3? -m assessment (\w+)")
 
 
 def anchors(page):
@@ -222,35 +224,38 @@ def test_every_path_named_exists(page):
 def test_every_command_starts_something_that_exists(page):
     for script in SCRIPT_OF_A_COMMAND.findall(read(page)):
         assert (HERE / script).is_file(), script
-    commands = re.findall(r'"(\w+)": \w+\.main', read(HERE / "assessment" / "__main__.py"))
-    assert len(commands) >= 4
-    for package, command in MODULE_OF_A_COMMAND.findall(read(page)):
-        assert command in commands, f"python -m {package} {command}"
+    for command in COMMAND_OF_THE_ASSESSMENT.findall(read(page)):
+        assert command in COMMANDS, command
 
 
-def shell_commands(page):
-    """The words of every command in a page's sh blocks."""
-    for block in re.findall(r"^```sh\n(.*?)^```", read(page), re.MULTILINE | re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            for command in line.split("&&"):
+def commands(page):
+    """The words of every command on a page, in a block or between backticks."""
+    text = read(page)
+    lines = re.findall(r"`((?:python|torchrun) [^`]*)`", text)
+    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        lines += block.replace("\\\n", " ").splitlines()
+    for line in lines:
+        for command in line.split("&&"):
+            if re.match(r" *(python|torchrun) ", command):
                 yield shlex.split(command, comments=True)
 
 
 def training_flags(page):
-    """What follows train.py in the commands of a page, unless it names a file of the reader's."""
-    for words in shell_commands(page):
-        if "train.py" in words and not any(word.startswith("my_") for word in words):
+    """What follows train.py in the commands of a page that a reader could type as they are."""
+    for words in commands(page):
+        to_be_filled_in = any(word == "..." or word.startswith("my_") for word in words)
+        if "train.py" in words and not to_be_filled_in:
             yield words[words.index("train.py") + 1:]
 
 
 def test_every_training_command_of_the_pages_is_accepted(monkeypatch):
     monkeypatch.chdir(HERE)
-    commands = [(page.name, argv) for page in PAGES for argv in training_flags(page)]
-    assert len(commands) > 5
-    for page, argv in commands:
+    found = [(page, argv) for page in PAGES for argv in training_flags(page)]
+    assert len(found) > 10
+    for page, argv in found:
         if "--help" in argv:
             continue
         try:
             train.load_config(argv)
         except ValueError as e:
-            pytest.fail(f"{page}: train.py {' '.join(argv)}: {e}")
+            pytest.fail(f"{page.relative_to(HERE)}: train.py {' '.join(argv)}: {e}")

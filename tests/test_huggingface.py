@@ -124,6 +124,30 @@ def test_every_form_of_a_GPT2_folder_loads(folder, form, file):
     assert difference(GPT.from_pretrained(folder), theirs, tokens(2, 32)) < 1e-5
 
 
+def test_config_json_as_OpenAI_released_it_loads(folder):
+    theirs = hf_gpt2()
+    theirs.save_pretrained(folder)
+    released = {
+        "activation_function": "gelu_new",
+        "attn_pdrop": 0.1,
+        "embd_pdrop": 0.1,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05,
+        "model_type": "gpt2",
+        "n_ctx": 32,
+        "n_embd": 32,
+        "n_head": 4,
+        "n_layer": 3,
+        "n_positions": 32,
+        "resid_pdrop": 0.1,
+        "vocab_size": V,
+    }
+    write_text(folder / "config.json", json.dumps(released))
+    ours = GPT.from_pretrained(folder)
+    assert ours.config == GPTConfig(**TINY)   # dropout is a setting of their training
+    assert difference(ours, theirs, tokens(2, 32)) < 1e-5
+
+
 def test_a_vocabulary_of_50257_brings_the_tokenizer_of_GPT2_and_another_brings_none(folder):
     tiny(vocab_size=50257, n_embd=8, n_layer=1).save_pretrained(folder)
     assert GPT.from_pretrained(folder).tokenizer_spec == {"kind": "gpt2"}
@@ -284,20 +308,45 @@ def test_fewer_heads_cannot_become_more(folder):
 # ------------------------------------------------------------------------------------------------
 # Folders that are refused
 
-@pytest.mark.parametrize("change, message", [
-    (without("h.1.mlp.c_fc"), "lacks 2 tensors: h.1.mlp.c_fc.bias, h.1.mlp.c_fc.weight$"),
-    (without("wpe"), "lacks 1 tensor: wpe.weight$"),
-    (without("h."), "lacks 36 tensors: h.0.attn.c_attn.bias, .*, …$"),
-    (replacing("transformer.surprise", torch.ones(1)), "has 1 unexpected tensor: surprise$"),
-    (replacing("transformer.h.3.ln_1.bias", torch.ones(32)), "1 unexpected tensor: h.3.ln_1.bias"),
-    (replacing("transformer.ln_f.weight", torch.ones(31)),
-     r"ln_f.weight has shape \(31,\), the model \(32,\)"),
-    (replacing("transformer.wpe.weight", torch.ones(31, 32)), "wpe.weight has shape"),
-    (replacing("transformer.h.0.mlp.c_fc.weight", torch.ones(128, 32)), "c_fc.weight has shape"),
-    (replacing("lm_head.weight", torch.ones(V, 32)), "lm_head.weight differs"),
-    (replacing("lm_head.weight", torch.ones(V, 32).half()), "lm_head.weight differs"),
-    (without("transformer."), "model.safetensors|lacks 40 tensors"),
-])
+TENSORS = {
+    "two missing": (
+        without("h.1.mlp.c_fc"),
+        "lacks 2 tensors: h.1.mlp.c_fc.bias, h.1.mlp.c_fc.weight$",
+    ),
+    "one missing": (without("wpe"), "lacks 1 tensor: wpe.weight$"),
+    "many missing": (without("h."), "lacks 36 tensors: h.0.attn.c_attn.bias, .*, …$"),
+    "one unexpected": (
+        replacing("transformer.surprise", torch.ones(1)),
+        "has 1 unexpected tensor: surprise$",
+    ),
+    "a layer too many": (
+        replacing("transformer.h.3.ln_1.bias", torch.ones(32)),
+        "has 1 unexpected tensor: h.3.ln_1.bias$",
+    ),
+    "a short norm": (
+        replacing("transformer.ln_f.weight", torch.ones(31)),
+        r"ln_f.weight has shape \(31,\), the model \(32,\)$",
+    ),
+    "few positions": (
+        replacing("transformer.wpe.weight", torch.ones(31, 32)),
+        r"wpe.weight has shape \(31, 32\)",
+    ),
+    "a matrix transposed": (
+        replacing("transformer.h.0.mlp.c_fc.weight", torch.ones(128, 32)),
+        "c_fc.weight has shape",
+    ),
+    "a tied head that differs": (
+        replacing("lm_head.weight", torch.ones(V, 32)),
+        "lm_head.weight differs",
+    ),
+    "a tied head in float16": (
+        replacing("lm_head.weight", torch.ones(V, 32).half()),
+        "lm_head.weight differs",
+    ),
+}
+
+
+@pytest.mark.parametrize("change, message", TENSORS.values(), ids=TENSORS.keys())
 def test_missing_unexpected_and_misshapen_tensors_are_named(folder, change, message):
     hf_gpt2().save_pretrained(folder)
     change_tensors(folder, change)

@@ -93,7 +93,7 @@ def test_several_files_are_one_text_and_no_character_is_torn(trickling):
     assert {"a.txt", "b.txt"} <= set(trickling)
 
 
-def test_byte_pairs_made_piece_by_piece_are_those_of_the_whole_text(trickling, gpt2_tokenizer):
+def test_byte_pairs_made_piece_by_piece_are_those_of_the_whole_text(gpt2_tokenizer, trickling):
     words = [" ", "  ", "\n", "\n\n", "don't", "word", " 123", "é€", "😀", "...", "\t", "end "]
     rng = random.Random(0)
     text = "".join(rng.choice(words) for _ in range(4000)) + "last"
@@ -186,8 +186,8 @@ def test_fineweb_shards_are_used_as_published(gpt2_tokenizer):
     assert meta["train"] == {"fineweb_train_000001.bin": 51, "fineweb_train_000002.bin": 52}
     data = Data(Path("data/fineweb"), meta, "train", 10, seed=0)
     assert data.n == 10
-    assert data.window(0).tolist() == list(range(100, 111))
-    assert data.window(9).tolist() == list(range(240, 251))
+    assert data.sequence(0).tolist() == list(range(100, 111))
+    assert data.sequence(9).tolist() == list(range(240, 251))
 
 
 @pytest.mark.parametrize("spoil", [
@@ -240,9 +240,9 @@ def test_missing_text_is_one_clear_line():
     ["stdlib", "--shards=x"],
 ])
 def test_bad_usage_is_exit_status_2(argv, capsys):
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as caught:
         prepare_data.main(argv)
-    assert exit.value.code == 2
+    assert caught.value.code == 2
     assert "error:" in capsys.readouterr().err
 
 

@@ -44,6 +44,7 @@ def test_library_reads_what_we_write(tmp_path):
         assert torch.equal(theirs[name], t.float()), name
 
 
+@pytest.mark.filterwarnings("error")   # torch warns of a tensor in memory that is read-only
 def test_tensors_that_are_read_can_be_written_to(tmp_path):
     write_safetensors(tmp_path / FILE, {"a": torch.zeros(3)})
     read = read_safetensors(tmp_path / FILE)["a"]
@@ -115,6 +116,7 @@ FORGERIES = {
     "shape too large": with_a(shape=[3]),
     "negative shape": with_a(shape=[-1, -2]),
     "shape of floats": with_a(shape=[2.0]),
+    "shape of booleans": with_a(shape=[True, 2]),
     "shape a number": with_a(shape=2),
     "shape past 64 bits": file_of(HONEST | {"huge": HUGE}),
     "another dtype": with_a(dtype="F64"),

@@ -11,6 +11,8 @@ import train
 from model import GPT, GPTConfig
 from prepare_data import prepare_text
 
+pytestmark = pytest.mark.usefixtures("short_sample")
+
 
 @pytest.fixture
 def run(capsys):

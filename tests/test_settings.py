@@ -94,9 +94,9 @@ def test_text_settings_stay_text():
 
 
 def test_help_lists_every_setting_with_its_default_and_its_comment(capsys):
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as caught:
         load_config(["--help"])
-    assert not exit.value.code
+    assert not caught.value.code
     lines = capsys.readouterr().out.splitlines()
     for field in (*dataclasses.fields(TrainConfig), *dataclasses.fields(GPTConfig)):
         start = f"--{field.name}={field.default}"
@@ -208,7 +208,7 @@ def test_config_file_that_fails_is_refused_with_its_own_line(source, match):
     (["--dtype=float16"], "dtype='float16' must be auto or float32 or bfloat16"),
     (["--seed=99999999999999999999"], "seed=99999999999999999999 must be at least 0"),
     (["--out_dir="], "out_dir.* must not be empty"),
-    (["--n_embd=100", "--n_head=3"], "n_embd=100, n_head=3: n_embd must be divisible by n_head"),
+    (["--n_embd=100", "--n_head=3"], "n_embd=100.* divisible by n_head"),
 ])
 def test_value_out_of_range_is_refused(argv, match):
     refuses(argv, match)

@@ -1,6 +1,6 @@
 """
 Several processes, and something goes wrong: all of them end, one of them says why in one line, and
-a run that goes on afterwards is the run that it would have been.
+a run that continues afterwards is the run that it would have been.
 """
 
 import functools
@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+from every_mode import whole
 from helpers import (
     HERE,
-    LONGER,
     PROGRAMS,
     TINY,
     checkpoint,
@@ -93,19 +93,19 @@ def test_SIGTERM_to_torchrun_saves_and_every_worker_exits_0(flags):
 
 
 @needs_linux
-@pytest.mark.parametrize("flags", [[], ["--fsdp"]])
-def test_killed_worker_restarts_the_group_which_goes_on_from_the_last_checkpoint(flags):
-    argv = [*LONGER, *flags, "--max_iters=50", "--checkpoint_interval=5", "--init_from=auto"]
-    finish(torchrun(HERE / "train.py", *argv, "--out_dir=whole"))
+@pytest.mark.parametrize("mode", ["ddp3", "fsdp3"])
+def test_killed_worker_restarts_the_group_which_continues_from_the_last_checkpoint(modes, mode):
+    folder, n = modes
+    argv = [*whole(mode, n, "out"), "--checkpoint_interval=5", "--init_from=auto"]
     options = ("--standalone", "--max-restarts=1")
-    process = torchrun(HERE / "train.py", *argv, options=options)
-    read_until(process, "step 13/50")
+    process = torchrun(HERE / "train.py", *argv, n=n, options=options)
+    read_until(process, "step 13/30")
     os.kill(workers(process)[1], signal.SIGKILL)
     out, ours = finish(process)
     assert process.returncode == 0, process.err
     assert len(ours) == 1 and "error: another process is gone" in ours[0], process.err
     assert "resuming out/ckpt.pt at step" in out
-    assert same_state(Path("out"), Path("whole"))
+    assert same_state(Path("out"), folder / mode)
 
 
 def kill_one(process, several, rng):
@@ -131,7 +131,7 @@ def kill_one(process, several, rng):
 @pytest.mark.parametrize("mode", ["one", "ddp", "fsdp"])
 def test_run_killed_67_times_and_resumed_is_exact_to_the_bit(mode):
     flags = [*TINY, "--max_iters=5000", "--dropout=0.1", "--checkpoint_interval=1",
-             "--eval_interval=50", "--log_interval=50"]
+             "--eval_interval=50", "--log_interval=10"]
     if mode == "fsdp":
         flags.append("--fsdp")
     several = mode != "one"

@@ -9,11 +9,11 @@ from leaving import note_on_leaving
 import train
 from plumbing.errors import run_script
 
-train_as_ever = train.train
+train_normally = train.train
 
 
 def train_then_silence(*args):
-    train_as_ever(*args)
+    train_normally(*args)
     torch.distributed.all_reduce = None
 
 

@@ -4,17 +4,17 @@ import os
 import time
 from pathlib import Path
 
+import prepare_data
 import train
 from plumbing.errors import run_script
-from prepare_data import prepare_text
 
 
 def prepare(name, **options):
     with open("prepared.txt", "a") as f:
         f.write(os.environ["RANK"])
     time.sleep(1)
-    prepare_text(Path("data/tiny"), ["text.txt"], "char")
+    prepare_data.prepare_text(Path("data/tiny"), ["text.txt"], "char")
 
 
-train.prepare = prepare
+prepare_data.prepare = prepare
 run_script(train.main)
