@@ -37,15 +37,6 @@ from torch import nn
 from torch.nn import functional as F
 
 
-def require(condition, message):
-    if not condition:
-        raise ValueError(message)
-
-
-def is_count(value):
-    return isinstance(value, int) and value >= 1
-
-
 @dataclass
 class GPTConfig:
     """The shape of a model. GPTConfig() is exactly GPT-2 124M."""
@@ -65,36 +56,9 @@ class GPTConfig:
     window_size: int | tuple[int, ...] | None = None   # with use_swa: W; or one per layer
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            value = getattr(self, name)
-            require(is_count(value), f"{name}={value!r} must be a positive integer")
-        D = self.n_embd // self.n_head
-        require(self.n_embd % self.n_head == 0,
-                f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
-        require(0 <= self.dropout < 1, f"dropout={self.dropout} must be from 0 to less than 1")
-
-        require(self.rope_theta > 0, f"rope_theta={self.rope_theta} must be positive")
-        require(self.use_rope or self.rope_theta == GPTConfig.rope_theta,
-                f"rope_theta={self.rope_theta} only applies when use_rope=True")
-        require(not self.use_rope or D % 2 == 0,
-                f"n_embd={self.n_embd}, n_head={self.n_head}: a head of {D} channels is odd, and "
-                f"RoPE rotates pairs of channels")
-
-        require(self.use_gqa == (self.n_kv_head is not None),
-                f"use_gqa={self.use_gqa} with n_kv_head={self.n_kv_head}: set both or neither")
-        if self.use_gqa:
-            divides = is_count(self.n_kv_head) and self.n_head % self.n_kv_head == 0
-            require(divides, f"n_kv_head={self.n_kv_head!r} must be a positive integer that "
-                             f"divides n_head={self.n_head}")
-
         if isinstance(self.window_size, list):   # as JSON has it
             self.window_size = tuple(self.window_size)
-        require(self.use_swa == (self.window_size is not None),
-                f"use_swa={self.use_swa} with window_size={self.window_size}: set both or neither")
-        fits = len(self.windows) == self.n_layer
-        fits = fits and all(W == 0 or is_count(W) for W in self.windows)
-        require(fits, f"window_size={self.window_size!r} with n_layer={self.n_layer}: must be an "
-                      f"integer, or one per layer; 0 = full attention")
+        check_config(self)   # at the end of this file
 
     @property
     def windows(self):
@@ -213,31 +177,22 @@ class LayerCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.pos = torch.full((shape[2],), -1, device=device)
-        self.length = 0   # tokens taken in so far, evicted ones included
+        self.length = 0   # tokens seen so far, evicted ones included
 
-    def update(self, k, v, pos):
-        """
-        Take in k, v (B,K,T,D) of the tokens at pos (T,) -> k, v (B,K,S,D) and pos (S,) of what is
-        kept and what is new: all that these tokens may attend to, or more. The caller masks.
-        """
-        k = k.detach().type_as(self.k)   # otherwise each call would keep its autograd graph alive
-        v = v.detach().type_as(self.v)
-        T, slots = len(pos), len(self.pos)
-        evicts_too_early = T > 1 and self.length + T > slots
-        if evicts_too_early:
-            # The last of these tokens replace what the first still need: attend, then evict.
-            seen = (torch.cat((self.k, k), dim=2),
-                    torch.cat((self.v, v), dim=2),
-                    torch.cat((self.pos, pos)))
-        slot = pos[-slots:] % slots          # if T > slots, only the last ones are kept
-        self.k[:, :, slot] = k[:, :, -slots:]
-        self.v[:, :, slot] = v[:, :, -slots:]
-        self.pos[slot] = pos[-slots:]
-        self.length += T
-        if evicts_too_early:
-            return seen
-        used = min(self.length, slots)
+    def read(self):
+        """-> k and v (B,K,S,D), pos (S,) of the tokens that are kept"""
+        used = min(self.length, len(self.pos))
         return self.k[:, :, :used], self.v[:, :, :used], self.pos[:used]
+
+    def write(self, k, v, pos):
+        """Keep k, v (B,K,T,D) of the tokens at pos (T,), in place of those that have to go."""
+        slots = len(self.pos)
+        slot = pos[-slots:] % slots             # if T > slots, only the last tokens are kept
+        # detach: otherwise each call would keep its autograd graph alive
+        self.k[:, :, slot] = k[:, :, -slots:].detach().type_as(self.k)
+        self.v[:, :, slot] = v[:, :, -slots:].detach().type_as(self.v)
+        self.pos[slot] = pos[-slots:]
+        self.length += len(pos)
 
 
 class KVCache:
@@ -246,7 +201,7 @@ class KVCache:
     def __init__(self, config, batch_size, device, dtype):
         self.config = config
         self.batch_size = batch_size
-        self.length = 0   # tokens taken in by all layers: the position of the next one
+        self.length = 0   # tokens seen so far: the position of the next one
         K, D = config.n_kv_head or config.n_head, config.n_embd // config.n_head
         self.layers = [LayerCache((batch_size, K, W or config.block_size, D), device, dtype)
                        for W in config.windows]
@@ -263,7 +218,10 @@ class KVCache:
 # The model
 
 class Attention(nn.Module):
-    """Each token gathers from itself and the tokens before it. x (B,T,C), pos (T,) -> (B,T,C)"""
+    """
+    Causal self-attention: each token attends to itself and the tokens before it.
+    x (B,T,C), pos (T,) -> (B,T,C)
+    """
 
     def __init__(self, config, window):
         super().__init__()
@@ -273,7 +231,7 @@ class Attention(nn.Module):
         self.theta = config.rope_theta if config.use_rope else None
         self.window = window
         self.dropout = config.dropout
-        # one product for q, k and v: GPT-2's own tensor when K = H
+        # one projection for q, k and v: GPT-2's own tensor when K = H
         self.c_attn = nn.Linear(config.n_embd, (self.H + 2 * self.K) * self.D, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
@@ -287,23 +245,29 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
 
         has_past = layer_cache is not None and layer_cache.length > 0
-        if layer_cache is not None:
-            all_k, all_v, key_pos = layer_cache.update(k, v, pos)
-        if has_past and T > 1:
-            mask = visible(pos, key_pos, self.window)
+        one_more = has_past and T == 1
+        if one_more:        # evict, then attend: the new token sees everything that is kept
+            layer_cache.write(k, v, pos)
+            k, v, _ = layer_cache.read()
+            y = attend(q, k, v, dropout=dropout)
+        elif has_past:      # attend, then evict: the first of several still need what goes
+            old_k, old_v, old_pos = layer_cache.read()
+            mask = visible(pos, torch.cat((old_pos, pos)), self.window)
+            all_k = torch.cat((old_k, k), dim=2)                 # (B,K,S,D)
+            all_v = torch.cat((old_v, v), dim=2)
             y = attend(q, all_k, all_v, mask, dropout=dropout)
-        elif has_past:
-            y = attend(q, all_k, all_v, dropout=dropout)         # sees everything that is kept
         elif 0 < self.window < T:
             y = attend_in_blocks(q, k, v, self.window, dropout)
         else:
             y = attend(q, k, v, causal=True, dropout=dropout)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))      # heads side by side again
+        if layer_cache is not None and not one_more:
+            layer_cache.write(k, v, pos)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))      # concatenate the heads
         return F.dropout(y, self.dropout, self.training)
 
 
 class MLP(nn.Module):
-    """What a block computes from each token by itself. (B,T,C) -> (B,T,C)"""
+    """The feed-forward network, which treats each token by itself. (B,T,C) -> (B,T,C)"""
 
     def __init__(self, config):
         super().__init__()
@@ -317,7 +281,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Each half normalises its input and adds its output to x (pre-norm: GPT-2, section 2.3)."""
+    """A pre-norm residual block: x + attn(ln(x)), then x + mlp(ln(x)) (GPT-2, section 2.3)."""
 
     def __init__(self, config, window):
         super().__init__()
@@ -332,13 +296,6 @@ class Block(nn.Module):
         return x
 
 
-def check_sampling(temperature, top_k, top_p):
-    require(temperature >= 0, f"temperature={temperature} must be 0 (greedy) or more")
-    require(top_k is None or top_k >= 1, f"top_k={top_k} must be at least 1, or None to keep all")
-    in_range = top_p is None or 0 < top_p <= 1
-    require(in_range, f"top_p={top_p} must be greater than 0 and at most 1")
-
-
 def sample(logits, temperature, top_k, top_p):
     """Draw one token per row: (B,V) -> (B,1)"""
     if temperature == 0:
@@ -350,7 +307,7 @@ def sample(logits, temperature, top_k, top_p):
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p is not None and top_p < 1:   # 1 keeps all, which a rounded sum would not
         p, order = logits.softmax(-1).sort(descending=True)
-        surplus = p.cumsum(-1) - p >= top_p               # the likelier tokens already suffice
+        surplus = p.cumsum(-1) - p >= top_p               # the more likely ones already suffice
         excluded = surplus.scatter(-1, order, surplus)    # from sorted order back to ids
         logits = logits.masked_fill(excluded, -torch.inf)
     return torch.multinomial(logits.softmax(-1), num_samples=1)
@@ -370,8 +327,8 @@ def keys_per_query(T, W):
 
 class GPT(nn.Module):
     """
-    A decoder-only transformer. Parameters carry the names of the released checkpoint (as
-    Hugging Face has it), so that loading needs no table.
+    A decoder-only transformer. Parameters carry the names of the released checkpoint, as
+    Hugging Face publishes it.
     """
     tokenizer_spec = None   # what the ids mean (plumbing/tokenizer.py); from_pretrained sets it
 
@@ -414,7 +371,7 @@ class GPT(nn.Module):
         return logits, loss
 
     def hidden(self, idx, cache=None):
-        """The normalised residual stream that the head reads: (B,T) -> (B,T,C)"""
+        """The final hidden states, which lm_head reads: (B,T) -> (B,T,C)"""
         B, T = idx.shape
         past = 0
         if cache is not None:
@@ -423,8 +380,10 @@ class GPT(nn.Module):
                           f"({cache.batch_size}, here {B}): use model.new_cache({B})")
             past = cache.length
         # Learned positions end at block_size, and so does a cache of full attention.
-        ends = not self.config.use_rope or (cache is not None and 0 in self.config.windows)
-        require(not ends or past + T <= self.config.block_size,
+        is_limited = not self.config.use_rope
+        if cache is not None and 0 in self.config.windows:
+            is_limited = True
+        require(not is_limited or past + T <= self.config.block_size,
                 f"{past + T} tokens exceed block_size={self.config.block_size}")
 
         pos = torch.arange(past, past + T, device=idx.device)
@@ -503,9 +462,9 @@ class GPT(nn.Module):
         Continue each row of idx, (B,T) int64 with T >= 1. Call model.eval() first, or dropout
         is active.
 
-        temperature  divides the logits; 0 takes the likeliest token (greedy)
-        top_k        keep only the k likeliest tokens
-        top_p        keep only the likeliest tokens that together reach probability p
+        temperature  divides the logits; 0 takes the most likely token (greedy)
+        top_k        keep only the k most likely tokens
+        top_p        keep only the most likely tokens that together reach probability p
                      (Holtzman et al. 2020, section 3.1); 1 keeps all
         stop_token   end a row at this id, pad it with the same id, and return once every row
                      has ended
@@ -564,3 +523,52 @@ class GPT(nn.Module):
         """
         from plumbing.huggingface import save_pretrained
         save_pretrained(folder, asdict(self.config), dict(self.named_parameters()))
+
+
+# ----------------------------------------------------------------------------------------------
+# Checks
+
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+def is_count(value):
+    return isinstance(value, int) and value >= 1
+
+
+def check_config(c):
+    for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        value = getattr(c, name)
+        require(is_count(value), f"{name}={value!r} must be a positive integer")
+    require(c.n_embd % c.n_head == 0, f"n_embd={c.n_embd} must be divisible by n_head={c.n_head}")
+    require(0 <= c.dropout < 1, f"dropout={c.dropout} must be from 0 to less than 1")
+
+    require(c.rope_theta > 0, f"rope_theta={c.rope_theta} must be positive")
+    require(c.use_rope or c.rope_theta == GPTConfig.rope_theta,
+            f"rope_theta={c.rope_theta} only applies when use_rope=True")
+    D = c.n_embd // c.n_head
+    require(not c.use_rope or D % 2 == 0,
+            f"n_embd={c.n_embd}, n_head={c.n_head}: a head of {D} channels is odd, and RoPE "
+            f"rotates pairs of channels")
+
+    require(c.use_gqa == (c.n_kv_head is not None),
+            f"use_gqa={c.use_gqa} with n_kv_head={c.n_kv_head}: set both or neither")
+    if c.use_gqa:
+        divides = is_count(c.n_kv_head) and c.n_head % c.n_kv_head == 0
+        require(divides, f"n_kv_head={c.n_kv_head!r} must be a positive integer that divides "
+                         f"n_head={c.n_head}")
+
+    require(c.use_swa == (c.window_size is not None),
+            f"use_swa={c.use_swa} with window_size={c.window_size}: set both or neither")
+    are_windows = all(W == 0 or is_count(W) for W in c.windows)
+    require(are_windows and len(c.windows) == c.n_layer,
+            f"window_size={c.window_size!r} with n_layer={c.n_layer}: must be an integer, or one "
+            f"per layer; 0 = full attention")
+
+
+def check_sampling(temperature, top_k, top_p):
+    require(temperature >= 0, f"temperature={temperature} must be 0 (greedy) or more")
+    require(top_k is None or top_k >= 1, f"top_k={top_k} must be at least 1, or None to keep all")
+    in_range = top_p is None or 0 < top_p <= 1
+    require(in_range, f"top_p={top_p} must be greater than 0 and at most 1")

@@ -41,7 +41,7 @@ from plumbing.checkpoints import load_checkpoint, restore, save_checkpoint
 from plumbing.device import choose_attention_kernel, choose_device, compiler_problem, to_device
 from plumbing.errors import InputError, as_input_error, run_script
 from plumbing.muon import Muon
-from plumbing.processes import across, anywhere, decided_by_first, in_turn, joined
+from plumbing.processes import all_reduce, any_rank, decide_on_rank0, joined, rank0_first
 from plumbing.progress import Stopwatch
 from plumbing.run_folder import Metrics, checkpoint_of_run, checkpoint_to_resume, make_out_dir
 from plumbing.settings import read_settings
@@ -146,32 +146,27 @@ def find_place(c, group):
 # ----------------------------------------------------------------------------------------------
 # The model: from scratch, from weights, or of the run that is to be resumed
 
-# what GPT.from_pretrained can change; the weights decide the rest
-CHANGEABLE = ("block_size", "use_rope", "rope_theta", "use_gqa", "n_kv_head", "use_swa",
-              "window_size")
-
-
-def build_model(start, resuming, asked, given, meta):
+def build_model(start, checkpoint, asked, given, meta):
     """
     The model to train. Raises InputError for what does not fit together.
 
-    start     "scratch", or "auto" with nothing to resume, for a new one; otherwise weights: the
-              name of a release, a folder or a checkpoint
-    resuming  whether start is the checkpoint of this run, whose shape is fixed
-    asked     the GPTConfig of files and flags
-    given     the settings that they mention, {name: "file" or "flag"}. Dropout apart, all others
-              are as the weights have them
-    meta      meta.json of the dataset
+    start       "scratch", or "auto" with nothing to resume, for a new one; otherwise weights: the
+                name of a release, a folder or a file
+    checkpoint  of the run to resume, whose file is start; None to begin a run
+    asked       the GPTConfig of files and flags
+    given       the settings that they mention, {name: "file" or "flag"}: the others, apart from
+                dropout, are as the weights have them
+    meta        meta.json of the dataset
     """
-    if start in ("scratch", "auto"):
-        if "vocab_size" not in given:
-            asked = replace(asked, vocab_size=meta["vocab_size"])
-        model = GPT(asked)
-    else:
+    changes = {name: value for name, value in asdict(asked).items() if name in given}
+    if checkpoint:
+        check_shape(checkpoint["gpt_config"], changes, start)
         changes = {}
-        if not resuming:
-            changes = {name: getattr(asked, name) for name in CHANGEABLE if name in given}
-        model = from_weights(start, asked, given, changes)
+    if start in ("scratch", "auto"):
+        model = GPT(replace(asked, vocab_size=changes.get("vocab_size", meta["vocab_size"])))
+    else:
+        with as_input_error():
+            model = GPT.from_pretrained(start, **changes | {"dropout": asked.dropout})
     if model.config.vocab_size < meta["vocab_size"]:
         raise InputError(f"vocab_size={model.config.vocab_size} is less than the "
                          f"{meta['vocab_size']} ids of the dataset")
@@ -182,16 +177,12 @@ def build_model(start, resuming, asked, given, meta):
     return model.train()
 
 
-def from_weights(start, asked, given, changes):
-    """Trained weights with these changes; in other settings that were given they must agree."""
-    with as_input_error():
-        model = GPT.from_pretrained(start, dropout=asked.dropout, **changes)
-    for name, have in asdict(model.config).items():
-        want = getattr(asked, name)
-        if name in given and have != want:
-            raise InputError(f"{start} has another architecture: "
-                             f"{name} is {have} there, not {want}")
-    return model
+def check_shape(have, want, path):
+    """A run that is resumed keeps its shape: InputError if another one was given."""
+    for name, value in want.items():
+        if name != "dropout" and have.get(name, value) != value:
+            raise InputError(f"{path} has another architecture: {name} is {have[name]} there, "
+                             f"not {value}")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -214,7 +205,7 @@ def wrap(model, c, place):
 
 def compile_model(model, c, place):
     problem = compiler_problem(place.device)
-    failed, = anywhere(problem is not None)   # all processes compile, or none
+    failed, = any_rank(problem is not None)   # all processes compile, or none
     if failed:
         print(f"torch.compile failed, continuing without it: {problem or 'on another process'}")
         return
@@ -270,11 +261,6 @@ def sync_gradients(net, place, last):
         net.set_requires_gradient_sync(last)
 
 
-def whole(tensor):
-    """A tensor that FSDP may have sharded, gathered."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 # ----------------------------------------------------------------------------------------------
 # One step
 
@@ -286,7 +272,7 @@ def make_optimizers(model, c, device):
         inner = []
     ids = {id(p) for p in inner}
     rest = [p for p in model.parameters() if id(p) not in ids]
-    # Decay pulls matrices and embeddings towards zero; biases and gains need not be small.
+    # Weight decay is for matrices and embeddings, not for biases and layer norms.
     groups = [{"params": [p for p in rest if p.dim() == 2], "weight_decay": c.weight_decay},
               {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0}]
     fused = device.type != "mps"
@@ -327,7 +313,7 @@ def accumulate_gradients(step, net, data, c, place):
 
 
 def train_step(step, net, optimizers, data, c, place):
-    """One optimizer step. Returns this process's mean loss and the norm of the whole gradient."""
+    """One optimizer step. Returns the mean loss here and the gradient's norm before clipping."""
     # Dropout depends on seed, step, rank and world alone, so a resumed run needs no random state.
     # Neighbouring seeds lie a million steps apart.
     torch.manual_seed((c.seed * 1_000_003 + step) * place.world + place.rank)
@@ -337,7 +323,9 @@ def train_step(step, net, optimizers, data, c, place):
             group["lr"] = lr
     loss = accumulate_gradients(step, net, data, c, place)
     max_norm = c.grad_clip or math.inf   # inf: measure only
-    norm = whole(torch.nn.utils.clip_grad_norm_(net.parameters(), max_norm))
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), max_norm)
+    if place.mode == "fsdp":
+        norm = norm.full_tensor()
     for optimizer in optimizers:
         optimizer.step()
     net.zero_grad(set_to_none=place.mode != "ddp")   # DDP's are views into its buckets: they stay
@@ -353,9 +341,9 @@ def evaluate(net, data, c, place):
     net.eval()
     n = min(data.n, c.eval_iters * c.batch_size)
     total = 0.0
-    # All processes make equally many calls of one size: FSDP gathers parameters from all of them,
-    # and torch.compile would compile again for another size. So the end is filled with repeats of
-    # the last sequence, whose targets are ignored.
+    # All processes make the same number of calls, of the same shape: FSDP gathers parameters from
+    # all of them, and torch.compile would compile again. So the end is filled with repeats of the
+    # last sequence, whose targets are ignored.
     for first in range(0, n, place.micro * place.world):
         begin = first + place.rank * place.micro
         indices = range(begin, begin + place.micro)
@@ -372,7 +360,7 @@ def evaluate(net, data, c, place):
         for part in (*net.h, net):
             part.reshard()
     net.train()
-    return across(total) / n
+    return all_reduce(total) / n
 
 
 # ----------------------------------------------------------------------------------------------
@@ -402,17 +390,16 @@ class Run:
 
 def set_up(c, gpt_config, given, group):
     """Everything that comes before the first step, or before the one after the checkpoint"""
-    path = checkpoint_to_resume(c.out_dir, c.init_from)
-    checkpoint = load_checkpoint(path) if path else None
+    path, checkpoint = find_checkpoint(c)
     before = checkpoint["train_config"] if checkpoint else {}
     if c.dtype == "auto":
-        c = replace(c, dtype=before.get("dtype", "auto"))   # not measured anew on resume
+        c = replace(c, dtype=before.get("dtype", "auto"))   # on resume, not measured again
     place = find_place(c, group)
     c = replace(c, dtype="bfloat16" if place.bf16 else "float32")
 
     tokens = c.max_iters * c.batch_size * gpt_config.block_size
     substitutable = given.get("dataset") != "flag"
-    dataset = decided_by_first(
+    dataset = decide_on_rank0(
         group, lambda: find_dataset(c.dataset, tokens, substitutable, before.get("dataset")))
     c = replace(c, dataset=dataset)
 
@@ -420,18 +407,25 @@ def set_up(c, gpt_config, given, group):
         prepare_if_missing(dataset, tokens)   # for machines whose disk rank 0 does not share
         meta = load_meta(Path("data") / dataset)
         torch.manual_seed(c.seed)
-        start = path or c.init_from
-        return meta, build_model(start, checkpoint is not None, gpt_config, given, meta)
+        return meta, build_model(path or c.init_from, checkpoint, gpt_config, given, meta)
 
-    meta, model = in_turn(group, load)   # one process downloads what the others then find
+    meta, model = rank0_first(group, load)   # one process downloads what the others then find
     run = make_run(c, place, meta, model)
     if checkpoint:
         restore(run, checkpoint, path)
-        reporting.resumed(run, path, before)
-    if across(run.step, dist.ReduceOp.MAX) != across(run.step, dist.ReduceOp.MIN):
+        reporting.log_resume(run, path, before)
+    return run
+
+
+def find_checkpoint(c):
+    """The path and the content of the checkpoint that this run is to resume, or None, None"""
+    path = checkpoint_to_resume(c.out_dir, c.init_from)
+    checkpoint = load_checkpoint(path) if path else None
+    step = checkpoint["step"] if checkpoint else -1
+    if all_reduce(step, dist.ReduceOp.MAX) != all_reduce(step, dist.ReduceOp.MIN):
         raise InputError(f"{c.out_dir} is not at the same step on all machines: it must be one "
                          f"folder that they share")
-    return run
+    return path, checkpoint
 
 
 def make_run(c, place, meta, model):
@@ -445,26 +439,17 @@ def make_run(c, place, meta, model):
     return Run(c, place, model, net, optimizers, train_data, val_data, meta["tokenizer"])
 
 
-@dataclass
-class Due:
-    """What is to be done before the next step."""
-    stop: bool
-    evaluate: bool
-    save: bool
-    log: bool
-
-
 def what_is_due(step, c, stop_requested, minutes_since_save):
     """
-    Signals and clocks differ between processes. All ask one question together, for if each decided
-    alone, one would save while another trains on, and both would wait forever.
+    -> stop, evaluate_now, save, log. Signals and clocks differ between processes, so all decide
+    together: if one saved while another trained on, both would wait forever.
     """
-    stop, overdue = anywhere(stop_requested, minutes_since_save > c.checkpoint_minutes)
+    stop, overdue = any_rank(stop_requested, minutes_since_save > c.checkpoint_minutes)
     at_end = step >= c.max_iters
-    evaluate = not stop and (at_end or step % c.eval_interval == 0)
-    save = stop or overdue or evaluate or step % c.checkpoint_interval == 0
+    evaluate_now = not stop and (at_end or step % c.eval_interval == 0)
+    save = stop or overdue or evaluate_now or step % c.checkpoint_interval == 0
     log = stop or at_end or step % c.log_interval == 0
-    return Due(stop, evaluate, save, log)
+    return stop, evaluate_now, save, log
 
 
 def loop(run, announce_signals):
@@ -476,21 +461,22 @@ def loop(run, announce_signals):
     with StopSignals(announce_signals) as signals:
         while True:   # the first time, there is nothing to log or save yet
             minutes = (time.monotonic() - saved_at) / 60
-            due = what_is_due(run.step, c, signals.received is not None, minutes)
-            if due.log or due.save:   # only then: reading a number waits for the GPU
+            stop, evaluate_now, save, log = what_is_due(
+                run.step, c, signals.received is not None, minutes)
+            if log or save:
+                loss = checked_loss(run)   # waits for the GPU, whose work is training time
                 stopwatch.pause()
-                loss = checked_loss(run)
-                if due.log and run.step > logged_step:
+                if log and run.step > logged_step:
                     steps_per_second = (run.step - logged_step) / stopwatch.lap()
                     seconds_per_step = stopwatch.elapsed() / (run.step - first_step)
-                    reporting.stepped(run, loss, steps_per_second, seconds_per_step)
+                    reporting.log_step(run, loss, steps_per_second, seconds_per_step)
                     logged_step = run.step
-                if due.evaluate:
+                if evaluate_now:
                     evaluate_and_keep_best(run)
-                if due.save and run.step > first_step:
+                if save and run.step > first_step:
                     run.save("ckpt.pt")
                     saved_at = time.monotonic()
-                if due.stop:
+                if stop:
                     return signals.received or "a signal"   # which another process received
                 if run.step >= c.max_iters:
                     return None
@@ -502,7 +488,7 @@ def loop(run, announce_signals):
 
 def checked_loss(run):
     """The mean loss of the last step, over all processes. It and the norm must be finite."""
-    loss = across(float(run.loss)) / run.place.world
+    loss = all_reduce(float(run.loss)) / run.place.world
     reporting.check_finite(run.step, "loss", loss)
     reporting.check_finite(run.step, "gradient norm", float(run.norm))
     return loss
@@ -512,7 +498,7 @@ def evaluate_and_keep_best(run):
     """Evaluate, and save best.pt if the loss is the lowest so far."""
     val_loss = evaluate(run.net, run.val_data, run.c, run.place)
     reporting.check_finite(run.step, "validation loss", val_loss)
-    reporting.evaluated(run, val_loss)
+    reporting.log_eval(run, val_loss)
     if val_loss < run.best_val_loss:
         run.best_val_loss = val_loss
         run.save("best.pt")
@@ -521,7 +507,7 @@ def evaluate_and_keep_best(run):
 def train(asked, gpt_config, given, argv, group):
     """asked: a TrainConfig; run.c is the same with all that was "auto" decided"""
     run = set_up(asked, gpt_config, given, group)
-    reporting.begun(run)
+    reporting.log_start(run)
     if run.c.eval_only:
         print(f"validation loss {evaluate(run.net, run.val_data, run.c, run.place):.4f}")
         return
@@ -531,9 +517,9 @@ def train(asked, gpt_config, given, argv, group):
         run.metrics = Metrics(out_dir / "metrics.csv", resume_step=run.step or None)
     stopped_by = loop(run, announce_signals=group.store is None)   # torchrun announces them itself
     if stopped_by:
-        reporting.stopped(run, stopped_by, argv)
+        reporting.log_stop(run, stopped_by, argv)
     elif group.rank == 0:
-        reporting.ended(run)
+        reporting.log_end(run)
         show_sample(run)
     if run.c.dataset != asked.dataset:
         print(SUBSTITUTE_NOTE)
@@ -558,7 +544,7 @@ def main(argv):
             f"--standalone --nproc_per_node={n} train.py {shlex.join(argv)}")
     with joined() as group:
         # A config file may read what differs between machines: rank 0's settings are everyone's.
-        c, gpt_config, given = decided_by_first(   # as JSON
+        c, gpt_config, given = decide_on_rank0(   # as JSON
             group, lambda: (asdict(c), asdict(gpt_config), given))
         train(TrainConfig(**c), GPTConfig(**gpt_config), given, argv, group)
 

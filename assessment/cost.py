@@ -61,7 +61,7 @@ def fill(model, n, B=1):
         _, K, _, D = layer.k.shape
         for pos in torch.arange(n, device=layer.k.device).split(512):
             k, v = torch.randn(2, B, K, len(pos), D, device=layer.k.device)
-            layer.update(k, v, pos)
+            layer.write(k, v, pos)
         in_use = layer.pos >= 0
         held += layer.k[:, :, in_use].nbytes + layer.v[:, :, in_use].nbytes
     cache.length = n

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from plumbing.errors import InputError, first_line
-from plumbing.processes import across
+from plumbing.processes import all_reduce
 
 # Dense bfloat16 FLOPs per second, by data sheet; a longer name stands before its prefix. A device
 # that is not listed gets no MFU rather than a wrong one.
@@ -105,7 +105,7 @@ def bf16_pays_on(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":   # all processes must agree, though each measures for itself
-        return bool(across(bf16_pays(), dist.ReduceOp.MIN))
+        return bool(all_reduce(bf16_pays(), dist.ReduceOp.MIN))
     return False   # mps: float32 works on every version of macOS
 
 

@@ -66,9 +66,9 @@ def local(tensor):
 def orthogonalize(matrix):
     """
     U S V' -> about U V'. Newton-Schulz steps use only matrix products, and bring all but tiny
-    singular values to between 0.7 and 1.2. Computed in float32 on CPUs, in bfloat16 on GPUs.
+    singular values to between 0.7 and 1.2. Computed in bfloat16 on CUDA, else in float32.
     """
-    dtype = torch.float32 if matrix.device.type == "cpu" else torch.bfloat16
+    dtype = torch.bfloat16 if matrix.device.type == "cuda" else torch.float32
     X = matrix.to(dtype)
     tall = X.shape[0] > X.shape[1]
     if tall:
@@ -84,13 +84,15 @@ def orthogonalize(matrix):
 def orthogonalize_sharded(params, shards):
     """
     The same for matrices whose rows are spread over N processes. shards and the result are the
-    rows held here. Matrix i belongs to process i % N, its owner: one all-to-all brings all rows
-    of a matrix to its owner, which orthogonalises it whole, and a second one takes them back.
+    rows held here. Each matrix has an owner: one all-to-all brings all its rows there, the owner
+    orthogonalises it whole, and a second all-to-all takes the rows back. With N = 2 and matrices
+    0, 1, 2 in the order of their sizes, process 0 owns 0 and 2, process 1 owns 1.
     """
     group = params[0].device_mesh.get_group()
     N, rank = dist.get_world_size(group), dist.get_rank(group)
     sizes = [shard_sizes(p.shape, N) for p in params]       # sizes[i][r]: of matrix i on process r
-    owned = [range(r, len(params), N) for r in range(N)]    # owned[r]: which matrices
+    by_size = sorted(range(len(params)), key=lambda i: params[i].numel())
+    owned = [by_size[r::N] for r in range(N)]               # owned[r]: which matrices
     mine = owned[rank]
     empty = shards[0].new_empty(0)                          # for owners of nothing
 
@@ -104,7 +106,11 @@ def orthogonalize_sharded(params, shards):
     from_owners = [[direction[r] for direction in directions] for r in range(N)]
     own_sizes = [[sizes[i][rank] for i in owned[r]] for r in range(N)]
     rows = exchange(from_owners, own_sizes, empty, group)
-    return [rows[i % N][i // N].view(shards[i].shape) for i in range(len(params))]
+    result = list(shards)
+    for r in range(N):
+        for n, i in enumerate(owned[r]):
+            result[i] = rows[r][n].view(shards[i].shape)
+    return result
 
 
 def shard_sizes(shape, N):

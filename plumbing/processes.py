@@ -21,7 +21,7 @@ reads `rank 1` again and answers again until the new process has written its nam
 
     key, after the prefix     value
     end                       number of processes that have arrived there
-    call 7, turn 0            the same, in the 7th call of in_turn or decided_by_first
+    call 7, turn 0            the same, in the 7th call of rank0_first or decide_on_rank0
     call 8                    what rank 0 decided, as JSON
     failed                    number of processes that have failed
     why                       one line from the first of them; all report it to torchrun
@@ -52,7 +52,7 @@ class Group:
     store: dist.Store | None = None   # None outside torchrun
     rank: int = 0                     # of this process
     world: int = 1                    # number of processes
-    calls: int = 0                    # of in_turn and decided_by_first so far
+    calls: int = 0                    # of rank0_first and decide_on_rank0 so far
 
     def next_key(self):
         """A fresh key for one call; ranks get the same one because they make the same calls."""
@@ -92,8 +92,8 @@ def join():
         )
     store, rank, world = next(rendezvous("env://"))
     store = dist.PrefixStore(agree(store, rank, world), store)
-    # Both backends by name: across() sends CPU tensors, DDP and FSDP send GPU tensors, and without
-    # names torch makes a backend for only one of them.
+    # Both backends by name: all_reduce() sends CPU tensors, DDP and FSDP send GPU tensors, and
+    # without names torch makes a backend for only one of them.
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
@@ -151,7 +151,7 @@ def wait_for_all(group, where):
     wait_until(group, lambda: group.store.add(where, 0) >= group.world)
 
 
-def in_turn(group, work):
+def rank0_first(group, work):
     """
     work() on rank 0, then on the first process of each other machine, then on the rest; returns its
     result. So one process per machine downloads or builds what the others then find.
@@ -172,7 +172,7 @@ def in_turn(group, work):
     return result
 
 
-def decided_by_first(group, work):
+def decide_on_rank0(group, work):
     """
     Only rank 0 calls work(); all ranks return its result as JSON keeps it: tuples become lists,
     even if there is only one process.
@@ -186,7 +186,7 @@ def decided_by_first(group, work):
     return json.loads(group.store.get(key))
 
 
-def across(value, op=dist.ReduceOp.SUM):
+def all_reduce(value, op=dist.ReduceOp.SUM):
     """
     The sum (or another op) of a number or bool over all processes. It is sent from the CPU, so that
     nobody waits for a GPU.
@@ -198,7 +198,7 @@ def across(value, op=dist.ReduceOp.SUM):
     return total.item()
 
 
-def anywhere(*flags):
+def any_rank(*flags):
     """For each flag, whether it is true on any process: a tuple of bools, by one all-reduce."""
     if dist.is_initialized():
         votes = torch.tensor(flags, dtype=torch.int32)

@@ -18,7 +18,7 @@ def tokens_per_step(run):
     return run.c.batch_size * run.model.config.block_size
 
 
-def resumed(run, path, before):
+def log_resume(run, path, before):
     """path: the checkpoint; before: the settings in it"""
     changes = []
     for name, value in asdict(run.c).items():
@@ -29,7 +29,7 @@ def resumed(run, path, before):
     print(f"resuming {path} at step {run.step:,}{note}")
 
 
-def begun(run):
+def log_start(run):
     c, place, config = run.c, run.place, run.model.config
     switches = [name for name in ("rope", "gqa", "swa") if getattr(config, f"use_{name}")]
     variant = "+".join(switches) or "gpt2"
@@ -43,7 +43,7 @@ def begun(run):
           f"{epochs:.2g} epochs")
 
 
-def stepped(run, loss, steps_per_second, seconds_per_step):
+def log_step(run, loss, steps_per_second, seconds_per_step):
     """
     loss              of the last step, mean over all processes
     steps_per_second  since the last line, training alone
@@ -72,7 +72,7 @@ def mfu(run, tokens_per_second):
     return f" | MFU {flops / (peak * run.place.world):.1%}"
 
 
-def evaluated(run, val_loss):
+def log_eval(run, val_loss):
     best = ", the best so far" if val_loss < run.best_val_loss else ""
     print(f"step {run.step:,}: validation loss {val_loss:.4f}{best}")
     if run.metrics is not None:
@@ -87,7 +87,7 @@ def check_finite(step, name, value):
                          f"dtype=float32 may help")
 
 
-def stopped(run, signal_name, argv):
+def log_stop(run, signal_name, argv):
     print(f"{signal_name}: stopped at step {run.step:,}; continue with\n  "
           f"{resume_command(run, argv)}")
 
@@ -99,13 +99,23 @@ def resume_command(run, argv):
         command = f"torchrun --standalone --nproc_per_node={here}"
         if here != str(run.place.world):   # several machines: how they met, only the user knows
             command = f"torchrun --nproc_per_node={here} ..."
-    command += f" train.py {shlex.join(argv)}"
     if checkpoint_to_resume(run.c.out_dir, "auto"):   # not if it stopped before its first step
-        command += " --init_from=resume"
-    return command
+        argv = [*without_init_from(argv), "--init_from=resume"]
+    return f"{command} train.py {shlex.join(argv)}"
 
 
-def ended(run):
+def without_init_from(argv):
+    """argv without --init_from=X and --init_from X"""
+    kept = []
+    skip_value = False
+    for arg in argv:
+        if not skip_value and not arg.startswith("--init_from="):
+            kept.append(arg)
+        skip_value = arg == "--init_from"
+    return [arg for arg in kept if arg != "--init_from"]
+
+
+def log_end(run):
     curve = [float(row["val_loss"]) for row in run.metrics.rows if row["val_loss"]]
     print(f"\nvalidation loss {curve[0]:.2f} {sparkline(curve)} {curve[-1]:.4f}, the best "
           f"{run.best_val_loss:.4f}, in {clock(run.metrics.elapsed())}\n")

@@ -113,5 +113,5 @@ class Metrics:
         values["elapsed_s"] = f"{self.elapsed():.1f}"
         row = {field: str(values.get(field, "")) for field in self.FIELDS}
         self.rows.append(row)
-        with open(self.path, "a", encoding="utf-8") as f:
+        with open(self.path, "a", encoding="utf-8", newline="\n") as f:
             f.write(",".join(row.values()) + "\n")

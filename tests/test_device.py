@@ -97,7 +97,7 @@ def test_peak_is_that_of_the_very_device_or_unknown(name, flops):
     (False, {"cpu": "gloo"}),
 ])
 def test_CPU_and_GPU_tensors_both_reach_the_other_processes(gpu, backends, monkeypatch):
-    """across() sends CPU tensors, DDP and FSDP send those of the GPU: each needs a backend."""
+    """all_reduce() sends CPU tensors, DDP and FSDP send those of the GPU: each needs a backend."""
     named = []
 
     def note(backend=None, **others):

@@ -269,7 +269,7 @@ def prepare_other_alphabets():
 
 
 @pytest.mark.parametrize("argv, match", [
-    (["--init_from=weights", "--n_embd=32"], "weights has another architecture: n_embd is 16"),
+    (["--init_from=weights", "--n_embd=32"], "n_embd=32: weights has 16"),
     (["--init_from=weights", "--block_size=16"], "block_size=16: weights has only 8 positions"),
     (["--init_from=weights", "--dataset=other"], "vocab_size=17 is less than the 18 ids"),
     (["--init_from=lower", "--dataset=upper"], "lower was trained with another tokenizer"),
