@@ -40,7 +40,7 @@ from torch.nn import functional as F
 @dataclass
 class GPTConfig:
     """The shape of a model. GPTConfig() is exactly GPT-2 124M."""
-    block_size: int = 1024    # longest training sequence, in tokens
+    block_size: int = 1024    # longest sequence, in tokens: number of learned positions
     vocab_size: int = 50257   # 50,000 byte-pair merges + 256 bytes + <|endoftext|>
     n_layer: int = 12         # transformer blocks
     n_head: int = 12          # attention heads per block
@@ -75,15 +75,15 @@ class GPTConfig:
 def rotate(x, pos, theta):
     """
     Rotate each pair of channels by an angle proportional to the token's position:
-    x (B,H or K,T,D), pos (T,) -> the same shape as x.
+    x (B,heads,T,D), pos (T,) -> the same shape as x.
 
     Channel d is paired with channel d + D/2, as in Hugging Face's files. (The paper pairs
     neighbours, which is the same up to a permutation of channels.) Pair d turns by the angle
-    pos * theta^(-2d/D). The product of a rotated query and a rotated key depends only on the
-    difference of their angles, and so only on the distance between the tokens (RoFormer,
-    equations 11 to 16). Computed in float32: bfloat16 cannot tell position 257 from 256.
-    Angles are recomputed per layer, so there is no cos/sin table to keep on the right device,
-    dtype or length.
+    pos * theta^(-2d/D). The product of a rotated query and a rotated key depends on their
+    positions only through the difference of the angles, that is through the distance between the
+    tokens (RoFormer, equations 11 to 16). Computed in float32: bfloat16 cannot tell position 257
+    from 256. Angles are recomputed per layer, so there is no cos/sin table to keep on the right
+    device, dtype or length.
     """
     D = x.shape[-1]
     exponent = torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / -D
@@ -97,12 +97,13 @@ def visible(query_pos, key_pos, window):
     """
     Which queries see which keys: positions (T,) and (S,) -> (T,S) bool. window 0 = no limit.
 
-    Two cases need no mask to satisfy this rule: plain causal attention, which the kernel knows,
-    and a single new token, which sees everything that the cache keeps.
+    Two cases satisfy this rule without a mask: plain causal attention (is_causal=True below), and
+    decoding one token, because the cache (below) keeps only what that token may see.
     """
     distance = query_pos[:, None] - key_pos
-    causal = (distance >= 0) & (key_pos >= 0)   # position -1 marks an empty slot of the cache
-    return causal & (distance < window) if window else causal
+    if window:
+        return (distance >= 0) & (distance < window)
+    return distance >= 0
 
 
 # ----------------------------------------------------------------------------------------------
@@ -145,16 +146,17 @@ def attend_in_blocks(q, k, v, window, dropout=0.0):
     The sequence is split into blocks of W tokens. Everything that a block may see lies in the
     block itself and the one before it (Longformer, section 3.2: "chunks").
     """
-    # Split once: a slice inside the loop would have a gradient as long as the whole sequence.
-    q, k, v = (x.split(window, dim=2) for x in (q, k, v))        # the last block may be shorter
-    pos = torch.arange(2 * window, device=q[0].device)
+    # split, not k[:, :, a:b] in the loop: the gradient of each such slice would be a tensor of the
+    # whole length T, zero almost everywhere.
+    qs, ks, vs = (x.split(window, dim=2) for x in (q, k, v))     # blocks (B,heads,W,D)
+    pos = torch.arange(2 * window, device=q.device)
     mask = visible(pos[window:], pos, window)                    # (W,2W): only distances matter
-    y = [attend(q[0], k[0], v[0], causal=True, dropout=dropout)]
-    for i in range(1, len(q)):
-        two_k = torch.cat(k[i - 1:i + 1], dim=2)                 # (B,K,2W,D)
-        two_v = torch.cat(v[i - 1:i + 1], dim=2)
-        block_mask = mask[:q[i].shape[2], :two_k.shape[2]]
-        y.append(attend(q[i], two_k, two_v, block_mask, dropout=dropout))
+    y = [attend(qs[0], ks[0], vs[0], causal=True, dropout=dropout)]
+    for i in range(1, len(qs)):                                  # the last block may be shorter
+        two_k = torch.cat((ks[i - 1], ks[i]), dim=2)             # (B,K,2W,D)
+        two_v = torch.cat((vs[i - 1], vs[i]), dim=2)
+        block_mask = mask[:qs[i].shape[2], :two_k.shape[2]]
+        y.append(attend(qs[i], two_k, two_v, block_mask, dropout=dropout))
     return torch.cat(y, dim=2)
 
 
@@ -231,7 +233,7 @@ class Attention(nn.Module):
         self.theta = config.rope_theta if config.use_rope else None
         self.window = window
         self.dropout = config.dropout
-        # one projection for q, k and v: GPT-2's own tensor when K = H
+        # one projection for q, k and v; the names are those of GPT-2's checkpoint
         self.c_attn = nn.Linear(config.n_embd, (self.H + 2 * self.K) * self.D, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
@@ -246,11 +248,11 @@ class Attention(nn.Module):
 
         has_past = layer_cache is not None and layer_cache.length > 0
         one_more = has_past and T == 1
-        if one_more:        # evict, then attend: the new token sees everything that is kept
+        if one_more:        # decoding: evict, then attend to everything that is kept
             layer_cache.write(k, v, pos)
             k, v, _ = layer_cache.read()
             y = attend(q, k, v, dropout=dropout)
-        elif has_past:      # attend, then evict: the first of several still need what goes
+        elif has_past:      # a chunk: attend, then evict what its first tokens still see
             old_k, old_v, old_pos = layer_cache.read()
             mask = visible(pos, torch.cat((old_pos, pos)), self.window)
             all_k = torch.cat((old_k, k), dim=2)                 # (B,K,S,D)
@@ -305,24 +307,12 @@ def sample(logits, temperature, top_k, top_p):
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None and top_p < 1:   # 1 keeps all, which a rounded sum would not
+    if top_p is not None and top_p < 1:   # 1 keeps all; a rounded sum would drop some
         p, order = logits.softmax(-1).sort(descending=True)
         surplus = p.cumsum(-1) - p >= top_p               # the more likely ones already suffice
-        excluded = surplus.scatter(-1, order, surplus)    # from sorted order back to ids
+        excluded = torch.empty_like(surplus).scatter(-1, order, surplus)   # sorted order -> ids
         logits = logits.masked_fill(excluded, -torch.inf)
     return torch.multinomial(logits.softmax(-1), num_samples=1)
-
-
-def keys_per_query(T, W):
-    """
-    The cost of attention: how many keys are multiplied with one query, on average over a sequence
-    of T tokens. Full attention: T, half of them masked. In blocks: W in the first block, 2W in
-    the ones after it, and W + r in a last block of r < W tokens.
-    """
-    if not 0 < W < T:
-        return T
-    n, r = divmod(T, W)
-    return (W * W + (n - 1) * W * 2 * W + r * (W + r)) / T
 
 
 class GPT(nn.Module):
@@ -342,7 +332,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
-            self.lm_head.weight = self.wte.weight                       # GPT, section 3.1
+            self.lm_head.weight = self.wte.weight                       # GPT 2018, section 3.1
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -355,8 +345,8 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None):
         """
-        idx      (B,T) int64 token ids. At most block_size of them, cached ones included;
-                 with RoPE only if a layer without a window has to cache them
+        idx      (B,T) int64 token ids: at most block_size, cached ones included. With RoPE
+                 there is no limit unless a layer without a window has to cache them
         targets  (B,T) int64, the token that follows each one; -1 = ignore this position
         cache    from new_cache(B), for inference only: idx continues what the cache has seen,
                  and is added to it
@@ -426,6 +416,30 @@ class GPT(nn.Module):
     # ------------------------------------------------------------------------------------------
     # Generation
 
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
+                 stop_token=None, vocab_size=None):
+        """
+        Continue each row of idx, (B,T) int64 with T >= 1. Call model.eval() first, or dropout
+        is active.
+
+        temperature  divides the logits; 0 takes the most likely token (greedy)
+        top_k        keep only the k most likely tokens
+        top_p        keep only the most likely tokens that together reach probability p
+                     (Holtzman et al. 2020, section 3.1); 1 keeps all
+        stop_token   end a row at this id, pad it with the same id, and return once every row
+                     has ended
+        vocab_size   never sample this id or a larger one: for a vocabulary padded beyond its
+                     tokenizer
+        returns      (B, T + new), new <= max_new_tokens. With RoPE and a window in every layer,
+                     time and memory per token stay constant (up to about a million tokens,
+                     where float32 angles become coarse). Otherwise, once prompt plus output
+                     exceeds block_size, each token re-encodes the last block_size tokens
+        raises       ValueError for an empty prompt, temperature < 0, top_k < 1 or top_p outside
+                     (0, 1]
+        """
+        new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop_token, vocab_size)
+        return torch.cat((idx, *new), dim=1)
+
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
                stop_token=None, vocab_size=None):
@@ -455,30 +469,6 @@ class GPT(nn.Module):
                 return
             idx = torch.cat((idx, token), dim=1)[:, -block_size:]
             new_tokens = token
-
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
-                 stop_token=None, vocab_size=None):
-        """
-        Continue each row of idx, (B,T) int64 with T >= 1. Call model.eval() first, or dropout
-        is active.
-
-        temperature  divides the logits; 0 takes the most likely token (greedy)
-        top_k        keep only the k most likely tokens
-        top_p        keep only the most likely tokens that together reach probability p
-                     (Holtzman et al. 2020, section 3.1); 1 keeps all
-        stop_token   end a row at this id, pad it with the same id, and return once every row
-                     has ended
-        vocab_size   never sample this id or a larger one: for a vocabulary padded beyond its
-                     tokenizer
-        returns      (B, T + new), new <= max_new_tokens. With RoPE and a window in every layer,
-                     time and memory per token stay constant (up to about a million tokens,
-                     where float32 angles become coarse). Otherwise, once prompt plus output
-                     exceeds block_size, each token re-encodes the last block_size tokens
-        raises       ValueError for an empty prompt, temperature < 0, top_k < 1 or top_p outside
-                     (0, 1]
-        """
-        new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop_token, vocab_size)
-        return torch.cat((idx, *new), dim=1)
 
     # ------------------------------------------------------------------------------------------
     # Loading and saving
@@ -526,7 +516,19 @@ class GPT(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------
-# Checks
+# Details: the cost of attention, and checks
+
+def keys_per_query(T, W):
+    """
+    The cost of attention: how many keys are multiplied with one query, on average over a sequence
+    of T tokens. Full attention: T, half of them masked. In blocks: W in the first block, 2W in
+    the ones after it, and W + r in a last block of r < W tokens.
+    """
+    if not 0 < W < T:
+        return T
+    n, r = divmod(T, W)
+    return (W * W + (n - 1) * W * 2 * W + r * (W + r)) / T
+
 
 def require(condition, message):
     if not condition:

@@ -11,11 +11,13 @@ Train a GPT: one loop for one process, replicas of the model (DDP) and a sharded
   torchrun --standalone --nproc_per_node=8 train.py                            GPT-2 124M, DDP
   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_xl.py --fsdp   GPT-2 1558M, FSDP
 
-N processes    each one holds         computes             and per step they exchange
-  one          everything             the whole batch      nothing
-  DDP          everything, a replica  1/N of the batch     gradients: averaged (all-reduce)
-  FSDP         1/N of every tensor    1/N of the batch     parameters, block by block (all-gather);
-                                                           gradients: averaged (reduce-scatter)
+  N processes  each one holds          computes           and they exchange
+  one          everything              the whole batch    nothing
+  DDP          everything, a replica   1/N of the batch   once per step gradients, averaged
+                                                          (all-reduce)
+  FSDP         1/N of every tensor,    1/N of the batch   for every micro-batch parameters, block
+               and whole gradients                        by block (all-gather); once per step
+               while they accumulate                      gradients, averaged (reduce-scatter)
 
 Settings are the fields of TrainConfig and model.GPTConfig; a config file is plain Python that sets
 some of them.
@@ -55,7 +57,7 @@ from prepare_data import SUBSTITUTE_NOTE, find_dataset, prepare_if_missing
 class TrainConfig:
     """Everything but the shape of the model. The defaults train GPT-2 124M on FineWeb."""
     out_dir: str = "out"                # folder for ckpt.pt, best.pt and metrics.csv
-    dataset: str = "fineweb"            # folder in data/; prepared if missing and known
+    dataset: str = "fineweb"            # folder in data/; see prepare_data.py
     init_from: str = "scratch"          # scratch, resume, auto (resume if possible), gpt2, a folder
     batch_size: int = 512               # sequences per optimizer step, over all processes
     micro_batch_size: int = 16          # sequences per process at once; gradients accumulate
@@ -64,7 +66,7 @@ class TrainConfig:
     min_lr: float | None = None         # minimum, at lr_decay_iters; None: learning_rate / 10
     warmup_iters: int = 700             # steps of linear warm-up
     lr_decay_iters: int | None = None   # step at which the cosine ends; None: max_iters
-    optimizer: str = "adamw"            # adamw, or muon: Muon for the matrices inside the blocks
+    optimizer: str = "adamw"            # adamw, or muon (plumbing/muon.py) for matrices in blocks
     weight_decay: float = 0.1           # of matrices and embeddings only
     beta1: float = 0.9                  # decay of the mean gradient (AdamW), momentum (Muon)
     beta2: float = 0.95                 # decay of the mean squared gradient (AdamW)
@@ -118,7 +120,7 @@ class Place:
     rank: int            # of this process
     world: int           # number of processes
     micro: int           # sequences at once
-    mode: str = "one"    # one process, ddp, or fsdp
+    mode: str = "one"    # "one", "ddp" or "fsdp"
 
     @property
     def autocast(self):
@@ -126,7 +128,10 @@ class Place:
 
 
 def find_place(c, group):
-    """Choose device, dtype and mode. InputError if the batch cannot be shared evenly."""
+    """
+    Choose device, dtype and mode for this process. group: all processes of the run, see
+    plumbing/processes.py. Raises InputError if they cannot share the batch evenly.
+    """
     device, bf16, line = choose_device(c.device, c.dtype)
     print(line)
     if device.type == "cuda":
@@ -138,7 +143,7 @@ def find_place(c, group):
             f"{micro} sequences each at once: change batch_size, micro_batch_size="
             f"{c.micro_batch_size} or the number of processes")
     mode = "one"
-    if group.store is not None:
+    if group.under_torchrun:
         mode = "fsdp" if c.fsdp else "ddp"
     return Place(device, bf16, group.rank, group.world, micro, mode)
 
@@ -150,12 +155,12 @@ def build_model(start, checkpoint, asked, given, meta):
     """
     The model to train. Raises InputError for what does not fit together.
 
-    start       "scratch", or "auto" with nothing to resume, for a new one; otherwise weights: the
-                name of a release, a folder or a file
-    checkpoint  of the run to resume, whose file is start; None to begin a run
-    asked       the GPTConfig of files and flags
-    given       the settings that they mention, {name: "file" or "flag"}: the others, apart from
-                dropout, are as the weights have them
+    start       where the weights come from: "scratch" ("auto" with nothing to resume means the
+                same), the name of a release, a folder, or a checkpoint file
+    checkpoint  the content of that file if this run resumes it, otherwise None
+    asked       the GPTConfig that results from config files and flags
+    given       {name: "file" or "flag"} of the settings that were set explicitly. Trained weights
+                keep their own value of every other field except dropout
     meta        meta.json of the dataset
     """
     changes = {name: value for name, value in asdict(asked).items() if name in given}
@@ -166,7 +171,7 @@ def build_model(start, checkpoint, asked, given, meta):
         model = GPT(replace(asked, vocab_size=changes.get("vocab_size", meta["vocab_size"])))
     else:
         with as_input_error():
-            model = GPT.from_pretrained(start, **changes | {"dropout": asked.dropout})
+            model = GPT.from_pretrained(start, **(changes | {"dropout": asked.dropout}))
     if model.config.vocab_size < meta["vocab_size"]:
         raise InputError(f"vocab_size={model.config.vocab_size} is less than the "
                          f"{meta['vocab_size']} ids of the dataset")
@@ -205,14 +210,15 @@ def wrap(model, c, place):
 
 def compile_model(model, c, place):
     problem = compiler_problem(place.device)
-    failed, = any_rank(problem is not None)   # all processes compile, or none
+    (failed,) = any_rank(problem is not None)   # all processes compile, or none
     if failed:
         print(f"torch.compile failed, continuing without it: {problem or 'on another process'}")
         return
     print("torch.compile: the first steps take up to a few minutes")
-    # The blocks share their code, which is compiled anew for each window: more than the usual 8.
+    # The blocks share one forward, which is compiled again for each different window. By default
+    # torch.compile gives up after 8 times.
     torch._dynamo.config.recompile_limit = 8 + 2 * len(model.h)
-    # FSDP gathers parameters between the blocks, so that each one is compiled by itself.
+    # FSDP gathers parameters between the blocks, so each block must be compiled by itself.
     parts = model.h if place.mode == "fsdp" else [model]
     for part in parts:
         part.forward = torch.compile(part.forward)
@@ -228,7 +234,7 @@ def shard(model, c, place):
 
     mesh = dist.init_device_mesh(place.device.type, (place.world,))
     policy = MixedPrecisionPolicy()
-    if place.bf16:
+    if place.bf16:   # blocks then also pass bfloat16 to each other; with DDP they pass float32
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     # This also moves a block to the device, and keeps its shard: no device ever holds all blocks.
     for block in model.h:
@@ -253,12 +259,15 @@ def replicate(model, c, place):
     return net
 
 
-def sync_gradients(net, place, last):
-    """Exchange gradients only in the last backward pass of a step. Call before its forward pass."""
+def set_gradient_sync(net, place, sync):
+    """
+    Whether the next backward pass exchanges gradients; set it before the forward pass. Without an
+    exchange, FSDP keeps whole gradients.
+    """
     if place.mode == "ddp":
-        net.require_backward_grad_sync = last
+        net.require_backward_grad_sync = sync
     elif place.mode == "fsdp":
-        net.set_requires_gradient_sync(last)
+        net.set_requires_gradient_sync(sync)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -278,6 +287,7 @@ def make_optimizers(model, c, device):
     fused = device.type != "mps"
     optimizers = [torch.optim.AdamW(groups, c.learning_rate, (c.beta1, c.beta2), fused=fused)]
     if inner:
+        # Its updates are as large as AdamW's, so that one learning rate serves both.
         optimizers.append(Muon(inner, c.learning_rate, c.weight_decay, momentum=c.beta1))
     return optimizers
 
@@ -300,13 +310,15 @@ def accumulate_gradients(step, net, data, c, place):
     the end DDP and FSDP average it over all processes. Returns the mean loss of the share.
     """
     share = c.batch_size // place.world
-    begin = step * c.batch_size + place.rank * share   # sequences are numbered from the first step
+    # Sequences are numbered through the whole run; data.batch() shuffles them anew every epoch.
+    begin = step * c.batch_size + place.rank * share
     total = torch.zeros((), device=place.device)
     for first in range(begin, begin + share, place.micro):
-        sync_gradients(net, place, last=first + place.micro == begin + share)
+        is_last = first + place.micro == begin + share
+        set_gradient_sync(net, place, sync=is_last)
         x, y = to_device(data.batch(range(first, first + place.micro)), place.device)
         with place.autocast:
-            loss = net(x, y)[1] * (place.micro / share)   # [1] at once: the logits are large
+            loss = net(x, y)[1] * (place.micro / share)   # not the logits: they are large
         loss.backward()
         total += loss.detach()
     return total
@@ -328,7 +340,7 @@ def train_step(step, net, optimizers, data, c, place):
         norm = norm.full_tensor()
     for optimizer in optimizers:
         optimizer.step()
-    net.zero_grad(set_to_none=place.mode != "ddp")   # DDP's are views into its buckets: they stay
+    net.zero_grad(set_to_none=place.mode != "ddp")   # DDP's gradients are views of its buffers
     return loss, norm
 
 
@@ -356,7 +368,7 @@ def evaluate(net, data, c, place):
         if counted:
             total += loss.item() * counted
     if place.mode == "fsdp":
-        # FSDP frees gathered parameters in the backward pass, and there was none.
+        # What is still gathered after a forward pass, FSDP frees in the backward pass: none here.
         for part in (*net.h, net):
             part.reshard()
     net.train()
@@ -389,22 +401,24 @@ class Run:
 
 
 def set_up(c, gpt_config, given, group):
-    """Everything that comes before the first step, or before the one after the checkpoint"""
+    """Everything before the first step of a new or resumed run"""
     path, checkpoint = find_checkpoint(c)
-    before = checkpoint["train_config"] if checkpoint else {}
+    earlier = checkpoint["train_config"] if checkpoint else {}   # settings of the run so far
     if c.dtype == "auto":
-        c = replace(c, dtype=before.get("dtype", "auto"))   # on resume, not measured again
+        c = replace(c, dtype=earlier.get("dtype", "auto"))   # on resume, not measured again
     place = find_place(c, group)
     c = replace(c, dtype="bfloat16" if place.bf16 else "float32")
 
+    # Rank 0 prepares the data. Without a network, the source of Python's own library takes the
+    # place of Shakespeare, unless a flag asked for that.
     tokens = c.max_iters * c.batch_size * gpt_config.block_size
-    substitutable = given.get("dataset") != "flag"
+    may_substitute = given.get("dataset") != "flag"
     dataset = decide_on_rank0(
-        group, lambda: find_dataset(c.dataset, tokens, substitutable, before.get("dataset")))
+        group, lambda: find_dataset(c.dataset, tokens, may_substitute, earlier.get("dataset")))
     c = replace(c, dataset=dataset)
 
     def load():
-        prepare_if_missing(dataset, tokens)   # for machines whose disk rank 0 does not share
+        prepare_if_missing(dataset, tokens)   # other machines may not see rank 0's disk
         meta = load_meta(Path("data") / dataset)
         torch.manual_seed(c.seed)
         return meta, build_model(path or c.init_from, checkpoint, gpt_config, given, meta)
@@ -412,8 +426,8 @@ def set_up(c, gpt_config, given, group):
     meta, model = rank0_first(group, load)   # one process downloads what the others then find
     run = make_run(c, place, meta, model)
     if checkpoint:
-        restore(run, checkpoint, path)
-        reporting.log_resume(run, path, before)
+        restore(run, checkpoint, path)   # the optimizers' state, the step, the best loss
+        reporting.log_resume(run, path, earlier)
     return run
 
 
@@ -432,7 +446,8 @@ def make_run(c, place, meta, model):
     block_size = model.config.block_size
     train_data, val_data = [Data(Path("data") / c.dataset, meta, split, block_size, c.seed)
                             for split in ("train", "val")]
-    shortest = min(W or block_size for W in model.config.windows)   # sequence in an attention call
+    # The fastest kernel depends on how long one call of attention is: a window, or the sequence.
+    shortest = min(min(W or block_size, block_size) for W in model.config.windows)
     choose_attention_kernel(place.device, place.bf16, shortest)
     net = wrap(model, c, place)
     optimizers = make_optimizers(model, c, place.device)   # after wrap: FSDP replaces parameters
@@ -459,12 +474,12 @@ def loop(run, announce_signals):
     stopwatch = Stopwatch()
     saved_at = time.monotonic()
     with StopSignals(announce_signals) as signals:
-        while True:   # the first time, there is nothing to log or save yet
+        while True:   # a new run begins with an evaluation at step 0
             minutes = (time.monotonic() - saved_at) / 60
             stop, evaluate_now, save, log = what_is_due(
                 run.step, c, signals.received is not None, minutes)
             if log or save:
-                loss = checked_loss(run)   # waits for the GPU, whose work is training time
+                loss = checked_loss(run)   # before the pause: it waits for the GPU's last steps
                 stopwatch.pause()
                 if log and run.step > logged_step:
                     steps_per_second = (run.step - logged_step) / stopwatch.lap()
@@ -515,7 +530,7 @@ def train(asked, gpt_config, given, argv, group):
         out_dir = Path(run.c.out_dir)
         make_out_dir(out_dir, keep=run.step > 0)
         run.metrics = Metrics(out_dir / "metrics.csv", resume_step=run.step or None)
-    stopped_by = loop(run, announce_signals=group.store is None)   # torchrun announces them itself
+    stopped_by = loop(run, announce_signals=not group.under_torchrun)   # which announces them too
     if stopped_by:
         reporting.log_stop(run, stopped_by, argv)
     elif group.rank == 0:
@@ -543,9 +558,9 @@ def main(argv):
             f"--fsdp shards the model across several processes, which torchrun starts: torchrun "
             f"--standalone --nproc_per_node={n} train.py {shlex.join(argv)}")
     with joined() as group:
-        # A config file may read what differs between machines: rank 0's settings are everyone's.
-        c, gpt_config, given = decide_on_rank0(   # as JSON
-            group, lambda: (asdict(c), asdict(gpt_config), given))
+        # A config file is Python and may decide by the machine it runs on: all use rank 0's values.
+        c, gpt_config, given = decide_on_rank0(
+            group, lambda: (asdict(c), asdict(gpt_config), given))   # plain values, sent as JSON
         train(TrainConfig(**c), GPTConfig(**gpt_config), given, argv, group)
 
 

@@ -54,6 +54,10 @@ class Group:
     world: int = 1                    # number of processes
     calls: int = 0                    # of rank0_first and decide_on_rank0 so far
 
+    @property
+    def under_torchrun(self):
+        return self.store is not None
+
     def next_key(self):
         """A fresh key for one call; ranks get the same one because they make the same calls."""
         self.calls += 1

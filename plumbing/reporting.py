@@ -34,7 +34,7 @@ def log_start(run):
     switches = [name for name in ("rope", "gqa", "swa") if getattr(config, f"use_{name}")]
     variant = "+".join(switches) or "gpt2"
     print(f"model: {variant}, {run.model.num_params() / 1e6:.2f}M parameters; "
-          f"data: data/{c.dataset}, {run.train_data.n * config.block_size:,} training tokens")
+          f"data: data/{c.dataset}, {run.train_data.n:,} sequences of {config.block_size} tokens")
     accumulation = c.batch_size // (place.micro * place.world)
     processes = "1 process" if place.world == 1 else f"{place.world} processes"
     epochs = c.max_iters * c.batch_size / run.train_data.n
@@ -117,5 +117,5 @@ def without_init_from(argv):
 
 def log_end(run):
     curve = [float(row["val_loss"]) for row in run.metrics.rows if row["val_loss"]]
-    print(f"\nvalidation loss {curve[0]:.2f} {sparkline(curve)} {curve[-1]:.4f}, the best "
+    print(f"\nvalidation loss from {curve[0]:.2f} to {curve[-1]:.4f} {sparkline(curve)}, the best "
           f"{run.best_val_loss:.4f}, in {clock(run.metrics.elapsed())}\n")

@@ -27,6 +27,7 @@ from helpers import (
     start,
     torchrun,
     val_losses,
+    without,
     workers,
 )
 
@@ -65,11 +66,15 @@ def test_full_disk_on_rank_0_ends_all_and_leaves_the_previous_checkpoint_whole()
     assert Path("out/ckpt.pt").read_bytes() == before
 
 
-def test_machines_that_see_different_checkpoints_are_told():
+@pytest.mark.parametrize("other_has_one", [True, False])
+def test_machines_that_see_different_checkpoints_are_told(other_has_one):
     shutil.copytree("data", "elsewhere/data")
     train.main([*TINY, "--max_iters=6"])
-    train.main([*TINY, "--max_iters=8", "--out_dir=elsewhere/out"])
-    process = torchrun(PROGRAMS / "another_disk.py", *TINY, "--init_from=auto")
+    if other_has_one:
+        train.main([*TINY, "--max_iters=8", "--out_dir=elsewhere/out"])
+    # dtype=auto: to decide it, processes without a checkpoint would talk to each other first
+    argv = [*without(TINY, "dtype"), "--dtype=auto", "--init_from=auto"]
+    process = torchrun(PROGRAMS / "another_disk.py", *argv)
     fails_at_once(process, "error: out is .* step .*one folder")
 
 
