@@ -493,9 +493,10 @@ class GPT(nn.Module):
         from plumbing.conversion import adapt, copy_tensors
         from plumbing.huggingface import load_pretrained
 
-        for name in overrides:
-            require(name in GPTConfig.__dataclass_fields__, f"{name} is not a field of GPTConfig")
         fields, tensors, tokenizer_spec, path = load_pretrained(name_or_folder)
+        for name in (*fields, *overrides):
+            is_field = name in GPTConfig.__dataclass_fields__
+            require(is_field, f"{path}: {name} is not a field of GPTConfig")
         try:
             theirs = GPTConfig(**fields)
         except (TypeError, ValueError) as e:

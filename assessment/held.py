@@ -52,7 +52,9 @@ def main(argv):
             "gradients": gradients,
             "optimizer": local_bytes(optimizer_tensors(optimizers)),
         }
-        print(json.dumps(held), file=sys.__stdout__, flush=True)   # joined() mutes the others
+        # joined() mutes sys.stdout of the others; one write, so that lines do not mix
+        sys.__stdout__.write(json.dumps(held) + "\n")
+        sys.__stdout__.flush()
 
 
 if __name__ == "__main__":

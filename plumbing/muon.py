@@ -35,7 +35,9 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params = group["params"]
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
             updates = [self.momentum_update(p, group["momentum"]) for p in params]
             if hasattr(params[0], "to_local"):
                 directions = orthogonalize_sharded(params, updates)

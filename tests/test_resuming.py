@@ -56,6 +56,14 @@ def test_auto_starts_if_there_is_nothing_to_resume():
     assert checkpoint()["step"] == 12
 
 
+def test_resumed_run_keeps_its_shape_without_being_told_again():
+    train.main([*TINY, "--use_rope", "--max_iters=6"])
+    train.main([*without(TINY, "n_layer", "n_head", "n_embd"), "--init_from=resume"])
+    saved = checkpoint()
+    assert saved["step"] == 12
+    assert saved["gpt_config"]["use_rope"] and saved["gpt_config"]["n_embd"] == 16
+
+
 def test_changed_settings_are_named_on_resume(capsys):
     train.main(TINY)
     train.main([*TINY, "--init_from=resume", "--batch_size=8", "--max_iters=14"])
