@@ -124,6 +124,7 @@ def test_settings_of_rank_0_are_those_of_all(run_of_two):
     same_course(Path("alone"), folder / "out")
 
 
+@pytest.mark.slow
 def test_two_launches_meet_as_two_machines_with_disks_of_their_own():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

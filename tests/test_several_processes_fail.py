@@ -47,7 +47,7 @@ def test_what_is_wrong_for_all_processes_is_said_once(argv, match):
 
 @pytest.mark.parametrize("fault, flags, match", [
     ("nan", [], "error: step [45]: loss nan"),
-    ("nan", ["--fsdp"], "error: step [45]: loss nan"),
+    pytest.param("nan", ["--fsdp"], "error: step [45]: loss nan", marks=pytest.mark.slow),
     ("error", [], "error: only here"),
     ("memory", ["--fsdp"], "error: not enough memory"),
 ])
@@ -82,7 +82,7 @@ def test_machines_that_see_different_checkpoints_are_told(other_has_one):
 # Ends and restarts
 
 @needs_linux
-@pytest.mark.parametrize("flags", [[], ["--fsdp"]])
+@pytest.mark.parametrize("flags", [[], pytest.param(["--fsdp"], marks=pytest.mark.slow)])
 def test_SIGTERM_to_torchrun_saves_and_every_worker_exits_0(flags):
     """torchrun itself then always ends with status 1 and a traceback of its own."""
     argv = [*TINY, *flags, "--max_iters=1000000", "--eval_interval=1000000"]
@@ -98,7 +98,7 @@ def test_SIGTERM_to_torchrun_saves_and_every_worker_exits_0(flags):
 
 
 @needs_linux
-@pytest.mark.parametrize("mode", ["ddp3", "fsdp3"])
+@pytest.mark.parametrize("mode", ["ddp3", pytest.param("fsdp3", marks=pytest.mark.slow)])
 def test_killed_worker_restarts_the_group_which_continues_from_the_last_checkpoint(modes, mode):
     folder, n = modes
     argv = [*whole(mode, n, "out"), "--checkpoint_interval=5", "--init_from=auto"]
