@@ -38,7 +38,8 @@ import train
 
 @pytest.mark.parametrize("argv, match", [
     (["--batch_size=5"], "error: batch_size=5 is not divisible among 2 process.* 2 sequences"),
-    (["--n_laye=5"], "error: --n_laye is not a setting, did you mean n_layer"),
+    pytest.param(["--n_laye=5"], "error: --n_laye is not a setting, did you mean n_layer",
+                 marks=pytest.mark.slow),
     (["--dataset=nothing"], "error: unknown dataset 'nothing'"),
 ])
 def test_what_is_wrong_for_all_processes_is_said_once(argv, match):
@@ -56,6 +57,7 @@ def test_what_goes_wrong_on_one_rank_ends_all_with_its_one_line(fault, flags, ma
     fails_at_once(torchrun(PROGRAMS / "one_rank_fails.py", fault, *argv), match)
 
 
+@pytest.mark.slow
 @needs_full_disk
 def test_full_disk_on_rank_0_ends_all_and_leaves_the_previous_checkpoint_whole():
     train.main([*TINY, "--max_iters=6"])
