@@ -1,7 +1,8 @@
 """
 GPT-2 in one file, and three changes that later models made to it: rotary positions (RoPE),
 grouped-query attention (GQA) and sliding-window attention (SWA). Each is switched on by a
-boolean of GPTConfig. With all three on, this is the architecture of StarCoder2.
+boolean of GPTConfig, the last two with a size beside it. With all three on, this is the
+architecture of StarCoder2.
 
 Read it top to bottom: configuration, positions, attention, cache, block, sampling, the whole
 model.
@@ -53,7 +54,7 @@ class GPTConfig:
     use_gqa: bool = False     # fewer key/value heads, each shared by several query heads
     n_kv_head: int | None = None   # with use_gqa: how many; 1 = multi-query, n_head = multi-head
     use_swa: bool = False     # each token sees itself and the window_size-1 tokens before it
-    window_size: int | tuple[int, ...] | None = None   # with use_swa: W; or one per layer
+    window_size: int | tuple[int, ...] | None = None   # with use_swa: W, or one per layer
 
     def __post_init__(self):
         if isinstance(self.window_size, list):   # as JSON has it
@@ -89,7 +90,7 @@ def rotate(x, pos, theta):
     exponent = torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / -D
     angle = pos[:, None].float() * theta ** exponent     # (T,D/2)
     cos, sin = angle.cos(), angle.sin()
-    a, b = x.float().chunk(2, dim=-1)                    # (B,H,T,D/2) each
+    a, b = x.float().chunk(2, dim=-1)                    # (B,heads,T,D/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
@@ -252,7 +253,7 @@ class Attention(nn.Module):
             layer_cache.write(k, v, pos)
             k, v, _ = layer_cache.read()
             y = attend(q, k, v, dropout=dropout)
-        elif has_past:      # a chunk: attend, then evict what its first tokens still see
+        elif has_past:      # a chunk: attend first, because its first tokens see what goes next
             old_k, old_v, old_pos = layer_cache.read()
             mask = visible(pos, torch.cat((old_pos, pos)), self.window)
             all_k = torch.cat((old_k, k), dim=2)                 # (B,K,S,D)

@@ -160,7 +160,7 @@ def build_model(start, checkpoint, asked, given, meta):
     checkpoint  the content of that file if this run resumes it, otherwise None
     asked       the GPTConfig that results from config files and flags
     given       {name: "file" or "flag"} of the settings that were set explicitly. Trained weights
-                keep their own value of every other field except dropout
+                keep their own value of a field that is not among them; dropout is always as asked
     meta        meta.json of the dataset
     """
     changes = {name: value for name, value in asdict(asked).items() if name in given}
@@ -236,7 +236,7 @@ def shard(model, c, place):
     policy = MixedPrecisionPolicy()
     if place.bf16:   # blocks then also pass bfloat16 to each other; with DDP they pass float32
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    # This also moves a block to the device, and keeps its shard: no device ever holds all blocks.
+    # This also moves a block to the device, and keeps its shard: no device has to hold all blocks.
     for block in model.h:
         fully_shard(block, mesh=mesh, mp_policy=policy,
                     reshard_after_forward=c.reshard_after_forward)
@@ -318,7 +318,7 @@ def accumulate_gradients(step, net, data, c, place):
         set_gradient_sync(net, place, sync=is_last)
         x, y = to_device(data.batch(range(first, first + place.micro)), place.device)
         with place.autocast:
-            loss = net(x, y)[1] * (place.micro / share)   # not the logits: they are large
+            loss = net(x, y)[1] * (place.micro / share)   # [1]: keep no large logits alive
         loss.backward()
         total += loss.detach()
     return total
@@ -368,7 +368,7 @@ def evaluate(net, data, c, place):
         if counted:
             total += loss.item() * counted
     if place.mode == "fsdp":
-        # What is still gathered after a forward pass, FSDP frees in the backward pass: none here.
+        # FSDP would free what is still gathered in the backward pass, but there is none.
         for part in (*net.h, net):
             part.reshard()
     net.train()
@@ -409,8 +409,8 @@ def set_up(c, gpt_config, given, group):
     place = find_place(c, group)
     c = replace(c, dtype="bfloat16" if place.bf16 else "float32")
 
-    # Rank 0 prepares the data. Without a network, the source of Python's own library takes the
-    # place of Shakespeare, unless a flag asked for that.
+    # Rank 0 prepares the data, downloads included: as much of a large dataset as this run needs.
+    # Without a network, Python's own library takes Shakespeare's place, unless a flag named it.
     tokens = c.max_iters * c.batch_size * gpt_config.block_size
     may_substitute = given.get("dataset") != "flag"
     dataset = decide_on_rank0(
@@ -520,7 +520,7 @@ def evaluate_and_keep_best(run):
 
 
 def train(asked, gpt_config, given, argv, group):
-    """asked: a TrainConfig; run.c is the same with all that was "auto" decided"""
+    """asked: a TrainConfig. run.c is the same with dtype decided and the dataset that was found."""
     run = set_up(asked, gpt_config, given, group)
     reporting.log_start(run)
     if run.c.eval_only:

@@ -23,6 +23,7 @@ from helpers import (
 
 import train
 from model import GPT
+from plumbing import reporting
 from plumbing.errors import report
 
 pytestmark = pytest.mark.usefixtures("short_sample")
@@ -154,3 +155,12 @@ def test_report_to_torchrun_appears_whole(monkeypatch):
     assert seen == [False]
     message = json.loads(Path("error.json").read_text())["message"]["message"]
     assert message == "what went wrong"
+
+
+@pytest.mark.parametrize("argv", [
+    ["a.py", "--seed=1"],
+    ["--init_from=auto", "a.py", "--seed=1"],
+    ["a.py", "--init_from", "gpt2", "--seed=1", "--init_from=resume"],
+])
+def test_resume_command_asks_to_resume_once(argv):
+    assert reporting.without_init_from(argv) == ["a.py", "--seed=1"]
