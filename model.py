@@ -41,7 +41,7 @@ from torch.nn import functional as F
 @dataclass
 class GPTConfig:
     """The shape of a model. GPTConfig() is exactly GPT-2 124M."""
-    block_size: int = 1024    # longest sequence, in tokens: number of learned positions
+    block_size: int = 1024    # tokens per training sequence; with learned positions, the limit
     vocab_size: int = 50257   # 50,000 byte-pair merges + 256 bytes + <|endoftext|>
     n_layer: int = 12         # transformer blocks
     n_head: int = 12          # attention heads per block
@@ -253,7 +253,7 @@ class Attention(nn.Module):
             layer_cache.write(k, v, pos)
             k, v, _ = layer_cache.read()
             y = attend(q, k, v, dropout=dropout)
-        elif has_past:      # a chunk: attend first, because its first tokens see what goes next
+        elif has_past:      # a chunk: attend first, for its last tokens evict what the first see
             old_k, old_v, old_pos = layer_cache.read()
             mask = visible(pos, torch.cat((old_pos, pos)), self.window)
             all_k = torch.cat((old_k, k), dim=2)                 # (B,K,S,D)

@@ -240,7 +240,7 @@ def shard(model, c, place):
     for block in model.h:
         fully_shard(block, mesh=mesh, mp_policy=policy,
                     reshard_after_forward=c.reshard_after_forward)
-    # What is left: the embedding and the head, which must be in one group when they are tied.
+    # What is left: embeddings, last norm and head. Tied ones must be in one group.
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
