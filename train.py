@@ -166,7 +166,7 @@ def build_model(start, checkpoint, asked, given, meta):
     changes = {name: value for name, value in asdict(asked).items() if name in given}
     if checkpoint:
         check_shape(checkpoint["gpt_config"], changes, start)
-        changes = {}
+        changes = {}   # a resumed run keeps its own shape
     if start in ("scratch", "auto"):
         model = GPT(replace(asked, vocab_size=changes.get("vocab_size", meta["vocab_size"])))
     else:
@@ -215,8 +215,8 @@ def compile_model(model, c, place):
         print(f"torch.compile failed, continuing without it: {problem or 'on another process'}")
         return
     print("torch.compile: the first steps take up to a few minutes")
-    # The blocks share one forward, which is compiled again for each different window. By default
-    # torch.compile gives up after 8 times.
+    # With FSDP the blocks share one forward, which is compiled again for each different window. By
+    # default torch.compile gives up after 8 times.
     torch._dynamo.config.recompile_limit = 8 + 2 * len(model.h)
     # FSDP gathers parameters between the blocks, so each block must be compiled by itself.
     parts = model.h if place.mode == "fsdp" else [model]
@@ -368,7 +368,7 @@ def evaluate(net, data, c, place):
         if counted:
             total += loss.item() * counted
     if place.mode == "fsdp":
-        # FSDP would free what is still gathered in the backward pass, but there is none.
+        # The backward pass would free what FSDP still holds gathered, but there is none here.
         for part in (*net.h, net):
             part.reshard()
     net.train()
@@ -530,7 +530,7 @@ def train(asked, gpt_config, given, argv, group):
         out_dir = Path(run.c.out_dir)
         make_out_dir(out_dir, keep=run.step > 0)
         run.metrics = Metrics(out_dir / "metrics.csv", resume_step=run.step or None)
-    stopped_by = loop(run, announce_signals=not group.under_torchrun)   # which announces them too
+    stopped_by = loop(run, announce_signals=not group.under_torchrun)   # torchrun announces them
     if stopped_by:
         reporting.log_stop(run, stopped_by, argv)
     elif group.rank == 0:
