@@ -54,7 +54,7 @@ class GPTConfig:
     use_gqa: bool = False     # fewer key/value heads, each shared by several query heads
     n_kv_head: int | None = None   # with use_gqa: how many; 1 = multi-query, n_head = multi-head
     use_swa: bool = False     # each token sees itself and the window_size-1 tokens before it
-    window_size: int | tuple[int, ...] | None = None   # with use_swa: W, or one per layer
+    window_size: int | tuple[int, ...] | None = None   # with use_swa: W, or one per layer; 0 = full
 
     def __post_init__(self):
         if isinstance(self.window_size, list):   # as JSON has it
@@ -98,8 +98,9 @@ def visible(query_pos, key_pos, window):
     """
     Which queries see which keys: positions (T,) and (S,) -> (T,S) bool. window 0 = no limit.
 
-    Two cases satisfy this rule without a mask: plain causal attention (is_causal=True below), and
-    decoding one token, because the cache (below) keeps only what that token may see.
+    Two cases satisfy this rule without a mask: causal attention over no more than W tokens
+    (is_causal=True below), and decoding one token, because the cache (below) keeps only what that
+    token may see.
     """
     distance = query_pos[:, None] - key_pos
     if window:

@@ -71,7 +71,7 @@ class TrainConfig:
     beta1: float = 0.9                  # decay of the mean gradient (AdamW), momentum (Muon)
     beta2: float = 0.95                 # decay of the mean squared gradient (AdamW)
     grad_clip: float = 1.0              # maximum norm of the whole gradient; 0 = no clipping
-    eval_interval: int = 250            # steps between evaluations, each followed by a checkpoint
+    eval_interval: int = 250            # steps between evaluations; a checkpoint follows each
     eval_iters: int = 20                # batches per evaluation; at most the whole validation split
     eval_only: bool = False             # evaluate once and stop
     log_interval: int = 10              # steps between printed lines
