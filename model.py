@@ -481,9 +481,10 @@ class GPT(nn.Module):
         A model with trained weights, in eval mode, float32 on the CPU.
 
         name_or_folder  "gpt2" (124M), "gpt2-medium" (355M), "gpt2-large" (774M) or "gpt2-xl"
-                        (1558M), downloaded once to checkpoints/; or a Hugging Face folder of a
-                        GPT-2 or StarCoder2; or the out_dir of a run of train.py, or one of its
-                        .pt files
+                        (1558M), or "owner/name" on the Hugging Face Hub, downloaded once to
+                        checkpoints/; or a Hugging Face folder; or the out_dir of a run of
+                        train.py, or a .pt file of it or of nanoGPT. A folder's model_type is
+                        gpt2, gpt_bigcode, gpt_neo or starcoder2 (plumbing/architectures.py)
         overrides       fields of GPTConfig to change: dropout; a smaller block_size, which
                         drops the last positions; use_swa and window_size, which keep every
                         weight; use_gqa and n_kv_head, which make each key/value head the mean
@@ -510,12 +511,14 @@ class GPT(nn.Module):
 
     def save_pretrained(self, folder):
         """
-        Write config.json and model.safetensors, in float32, for transformers to read: as gpt2
-        if no switch is on, as starcoder2 if RoPE is on and every layer has the same window.
-        Missing biases are written as zeros. Raises ValueError for a model that fits neither.
+        Write a folder that transformers opens: config.json, weights in float32, and the
+        tokenizer if tokenizer_spec tells it. The model_type is the one of the four that has
+        the switches of this model; missing biases are written as zeros. Raises ValueError for
+        a combination of switches that none of them has.
         """
         from plumbing.huggingface import save_pretrained
-        save_pretrained(folder, asdict(self.config), dict(self.named_parameters()))
+        save_pretrained(folder, asdict(self.config), dict(self.named_parameters()),
+                        self.tokenizer_spec)
 
 
 # ----------------------------------------------------------------------------------------------

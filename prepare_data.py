@@ -8,7 +8,9 @@ Text in, token files out.
   python prepare_data.py fineweb --shards 10      FineWeb in GPT-2's tokens, 100 million per shard
                                                   (200 MB), at most 103 shards
   python prepare_data.py --input a.txt b.txt --tokenizer gpt2 --name mine
-                                                  your own text (UTF-8), the first 90% for training
+                                                  your own text (UTF-8), the first 90% for training;
+                                                  --tokenizer char, gpt2, or what --init_from of
+                                                  train.py takes: the tokenizer of those weights
 
 Each writes a folder data/<name>/: train.bin and val.bin, the token ids one after the other as
 uint16 (uint32 for more than 65,536 ids); and meta.json: the tokenizer, the files with their numbers
@@ -33,6 +35,7 @@ import numpy as np
 from plumbing.downloads import DownloadError, download, hub_url, verify
 from plumbing.errors import InputError, run_script
 from plumbing.files import need_disk, replacing, sha256
+from plumbing.huggingface import load_tokenizer
 from plumbing.progress import Progress
 from plumbing.token_files import write_meta
 from plumbing.tokenizer import Tokenizer, code_points
@@ -103,6 +106,11 @@ def find_dataset(name, tokens, may_substitute, began_on=None):
 
 def unknown_dataset(name, root):
     """The error for a name that is not one of DATASETS, with the most similar name there is."""
+    if any((root / name).glob("*.bin")):
+        return InputError(
+            f"{root / name} has .bin files but no meta.json, which says what their ids mean: "
+            "docs/your_own_data.md shows how to write it"
+        )
     prepared = [path.parent.name for path in root.glob("*/meta.json")]
     similar = difflib.get_close_matches(name, [*DATASETS, *prepared], 1)
     guess = f", did you mean {similar[0]!r}?" if similar else ""
@@ -156,7 +164,9 @@ def prepare_fineweb(folder, shards):
     val = ["fineweb_val_000000.bin"]
     train = [f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)]
     missing = [name for name in val + train if not (folder / name).exists()]
-    need_disk(folder, 2 * SHARD_TOKENS * len(missing), f"fineweb with {shards} shard(s)")
+    size = 2 * SHARD_TOKENS * len(missing)
+    need_disk(folder, size, f"fineweb with {shards} shard(s)")
+    print(f"fineweb: {size / 1e9:.1f} GB to download, {len(missing)} file(s)")
     for name in missing:
         download(hub_url(f"{FINEWEB}/{name}"), folder / name)
     files = {
@@ -182,7 +192,10 @@ def tokens_in_shard(path):
 
 
 def prepare_text(folder, paths, tokenizer_kind):
-    """Tokenize text files, as if they were one, into folder/train.bin and val.bin."""
+    """
+    Tokenize text files, as if they were one, into folder/train.bin and val.bin. tokenizer_kind:
+    char, gpt2, or weights whose tokenizer is to be used, as load_pretrained takes them
+    """
     paths = [Path(path) for path in paths]
     for path in paths:
         if not path.is_file():
@@ -195,10 +208,11 @@ def prepare_text(folder, paths, tokenizer_kind):
 
     if tokenizer_kind == "char":
         tokenizer = character_tokenizer(paths)
-        pieces = encode_characters(paths, tokenizer)
+        pieces = encode_own_characters(paths, tokenizer)
     else:
-        tokenizer = Tokenizer({"kind": "gpt2"})
-        pieces = encode_byte_pairs(paths, tokenizer)
+        spec = {"kind": "gpt2"} if tokenizer_kind == "gpt2" else load_tokenizer(tokenizer_kind)
+        tokenizer = Tokenizer(spec)
+        pieces = encode_text(paths, tokenizer)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     tokens = {"train": 0, "val": 0}
     with replacing(folder / "train.bin") as train, replacing(folder / "val.bin") as val:
@@ -228,8 +242,11 @@ def character_tokenizer(paths):
     return Tokenizer({"kind": "char", "chars": chars})
 
 
-def encode_characters(paths, tokenizer):
-    """Yield the split and the ids of every piece of the text; characters without id are dropped."""
+def encode_own_characters(paths, tokenizer):
+    """
+    Yield the split and the ids of every piece of the text that the tokenizer was made from. The
+    validation split may have other characters, which are dropped.
+    """
     unknown = 0
     for split, text in split_text(paths, "tokenizing"):
         ids = tokenizer.id_of[code_points(text)]
@@ -241,7 +258,7 @@ def encode_characters(paths, tokenizer):
               "left out")
 
 
-def encode_byte_pairs(paths, tokenizer):
+def encode_text(paths, tokenizer):
     """Yield the split and the ids of every piece of the text: the same as of the whole text."""
     rest = {"train": "", "val": ""}
     for split, text in split_text(paths, "tokenizing"):
@@ -252,7 +269,7 @@ def encode_byte_pairs(paths, tokenizer):
 
 
 def cut_at_space(text):
-    """Cut text in two between a word and the white space after it, where no GPT-2 token crosses."""
+    """Cut text in two between a word and the white space after it, which no token crosses."""
     for i in range(len(text) - 1, 0, -1):
         if text[i] in " \n\r\t" and not text[i - 1].isspace():
             return text[:i], text[i:]
@@ -312,8 +329,8 @@ def main(argv):
     parser.add_argument("--shards", type=int, default=1,
                         help="fineweb: the number of training shards (default: 1)")
     parser.add_argument("--input", nargs="+", metavar="FILE", help="text files, UTF-8")
-    parser.add_argument("--tokenizer", choices=("char", "gpt2"), default="char",
-                        help="for --input (default: char)")
+    parser.add_argument("--tokenizer", default="char",
+                        help="for --input: char, gpt2, or weights with a tokenizer (default: char)")
     parser.add_argument("--name", help="for --input: the folder in data/")
     args = parser.parse_args(argv)
     if args.dataset and not args.input:

@@ -4,6 +4,7 @@ Text from a trained model, shown as it is generated.
   python sample.py --out_dir=out-shakespeare                        from a run's best checkpoint
   python sample.py --init_from=gpt2 --prompt="The meaning of life"  from the released GPT-2, or
                                                                     gpt2-medium, -large or -xl
+  python sample.py --init_from=roneneldan/TinyStories-33M           from the Hugging Face Hub
   python sample.py --init_from=gpt2 --prompt_file=question.txt --num_samples=3 --top_p=0.95
   python sample.py --init_from=gpt2 --dtype=bfloat16                half the memory, often faster
 """
@@ -25,7 +26,7 @@ from plumbing.tokenizer import Tokenizer
 
 def load(init_from, out_dir):
     """-> the model that init_from names, or that of the run in out_dir; and its tokenizer"""
-    path = init_from or checkpoint_of_run(out_dir)
+    path = checkpoint_of_run(out_dir) if init_from in (None, "resume") else init_from
     if path is None:
         raise InputError(
             f"{out_dir} holds no best.pt or ckpt.pt: train one with train.py, or try "
@@ -35,8 +36,8 @@ def load(init_from, out_dir):
         model = GPT.from_pretrained(path)
     if model.tokenizer_spec is None:
         raise InputError(
-            f"{path} does not tell what its {model.config.vocab_size} token ids mean, because a "
-            "folder of weights has no tokenizer: for a run of train.py use --out_dir"
+            f"{path} does not tell what its {model.config.vocab_size} token ids mean, because it "
+            "has no tokenizer: docs/fine_tuning.md says how it gets one"
         )
     return model, Tokenizer(model.tokenizer_spec)
 
@@ -61,19 +62,16 @@ def read_prompt(args, tokenizer):
 def stream_text(model, tokenizer, prompt, args):
     """Print one continuation of prompt while it is generated -> number of new tokens"""
     idx = torch.tensor([prompt], device=next(model.parameters()).device)   # (1,T)
-    stop_token = None
-    if tokenizer.spec["kind"] == "gpt2":
-        stop_token = tokenizer.start   # <|endoftext|>, which ends a document as well
     # A character may be spread over several tokens: its first bytes wait here for the last.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     new_tokens = 0
     for token in model.stream(
-        idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, stop_token,
+        idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, tokenizer.end,
         tokenizer.vocab_size,
     ):
         new_tokens += 1
         number = token.item()
-        if number != stop_token:
+        if number != tokenizer.end:
             print(decoder.decode(tokenizer.token_bytes(number)), end="", flush=True)
     print(decoder.decode(b"", final=True), flush=True)
     return new_tokens
@@ -91,8 +89,9 @@ def parse_args(argv):
     )
     add = parser.add_argument
     add("--out_dir", default="out", help="the folder of a run of train.py (default: out)")
-    add("--init_from", help="instead of a run: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging "
-                            "Face folder, or a checkpoint")
+    add("--init_from", help="instead of a run: gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name "
+                            "on the Hugging Face Hub, a Hugging Face folder, or a checkpoint")
+    add("--start", help=argparse.SUPPRESS)   # nanoGPT's name for the next two
     add("--prompt", help="text to continue (default: start a new text)")
     add("--prompt_file", help="a file with the text to continue, UTF-8")
     add("--num_samples", type=int, default=1, help="number of texts (default: 1)")
@@ -112,6 +111,9 @@ def parse_args(argv):
 
 def check(args):
     """InputError for a value out of range"""
+    if args.start is not None:
+        raise InputError("--start is nanoGPT's: here it is --prompt=TEXT, or --prompt_file=NAME "
+                         "for its FILE:NAME")
     if args.prompt is not None and args.prompt_file is not None:
         raise InputError("give --prompt or --prompt_file, not both")
     with as_input_error():

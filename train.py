@@ -49,7 +49,7 @@ from plumbing.run_folder import Metrics, checkpoint_of_run, checkpoint_to_resume
 from plumbing.settings import read_settings
 from plumbing.signals import StopSignals
 from plumbing.token_files import Data, load_meta
-from plumbing.tokenizer import Tokenizer
+from plumbing.tokenizer import Tokenizer, same_tokenizer
 from prepare_data import SUBSTITUTE_NOTE, find_dataset, prepare_if_missing
 
 
@@ -58,7 +58,7 @@ class TrainConfig:
     """Everything but the shape of the model. The defaults train GPT-2 124M on FineWeb."""
     out_dir: str = "out"                # folder for ckpt.pt, best.pt and metrics.csv
     dataset: str = "fineweb"            # folder in data/; see prepare_data.py
-    init_from: str = "scratch"          # scratch, resume, auto (resume if possible), gpt2, a folder
+    init_from: str = "scratch"          # scratch, resume, auto, or weights: gpt2, a path, a Hub id
     batch_size: int = 512               # sequences per optimizer step, over all processes
     micro_batch_size: int = 16          # sequences per process at once; gradients accumulate
     max_iters: int = 19073              # optimizer steps
@@ -156,7 +156,7 @@ def build_model(start, checkpoint, asked, given, meta):
     The model to train. Raises InputError for what does not fit together.
 
     start       where the weights come from: "scratch" ("auto" with nothing to resume means the
-                same), the name of a release, a folder, or a checkpoint file
+                same), or what GPT.from_pretrained takes
     checkpoint  the content of that file if this run resumes it, otherwise None
     asked       the GPTConfig that results from config files and flags
     given       {name: "file" or "flag"} of the settings that were set explicitly. Trained weights
@@ -167,7 +167,8 @@ def build_model(start, checkpoint, asked, given, meta):
     if checkpoint:
         check_shape(checkpoint["gpt_config"], changes, start)
         changes = {}   # a resumed run keeps its own shape
-    if start in ("scratch", "auto"):
+    from_scratch = start in ("scratch", "auto")
+    if from_scratch:
         model = GPT(replace(asked, vocab_size=changes.get("vocab_size", meta["vocab_size"])))
     else:
         with as_input_error():
@@ -175,11 +176,23 @@ def build_model(start, checkpoint, asked, given, meta):
     if model.config.vocab_size < meta["vocab_size"]:
         raise InputError(f"vocab_size={model.config.vocab_size} is less than the "
                          f"{meta['vocab_size']} ids of the dataset")
-    if model.tokenizer_spec not in (None, meta["tokenizer"]):
-        raise InputError(f"{start} was trained with another tokenizer than the dataset has, so the "
-                         f"same ids mean other text: prepare the data with its tokenizer (GPT-2's: "
-                         f"--tokenizer gpt2)")
+    if not from_scratch:
+        check_tokenizer(model, meta, start)
     return model.train()
+
+
+def check_tokenizer(model, meta, start):
+    """Trained weights need the tokenizer they were trained with: InputError for another one."""
+    spec = model.tokenizer_spec
+    if spec is not None and not same_tokenizer(spec, meta["tokenizer"]):
+        raise InputError(f"{start} was trained with another tokenizer than the dataset has, so the "
+                         f"same ids mean other text: prepare the data with its tokenizer, "
+                         f"prepare_data.py --input FILE --name NAME --tokenizer {start}")
+    # Where it is not known, at least as many characters as the weights have
+    size = model.config.vocab_size
+    if spec is None and meta["tokenizer"]["kind"] == "char" and size != meta["vocab_size"]:
+        raise InputError(f"{start} has {size} ids and the dataset {meta['vocab_size']} characters: "
+                         f"they cannot mean the same text")
 
 
 def check_shape(have, want, path):
@@ -409,6 +422,7 @@ def set_up(c, gpt_config, given, group):
     place = find_place(c, group)
     c = replace(c, dtype="bfloat16" if place.bf16 else "float32")
 
+    reporting.warn_of_slow_evaluation(c, gpt_config, place)
     # Rank 0 prepares the data, downloads included: as much of a large dataset as this run needs.
     # Without a network, Python's own library takes Shakespeare's place, unless a flag named it.
     tokens = c.max_iters * c.batch_size * gpt_config.block_size

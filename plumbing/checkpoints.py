@@ -73,8 +73,27 @@ def gather(t, rank):
 
 def load_checkpoint(path):
     """The dictionary that save_checkpoint wrote. The values in its configs are not checked here."""
-    # Memory-mapped, one copy serves all processes of a machine; Windows could not replace the file.
-    checkpoint = load_pickle(path, mmap=sys.platform != "win32")
+    checkpoint = open_checkpoint(path)
+    if is_nanogpts(checkpoint):
+        raise InputError(
+            f"{path} is a checkpoint of nanoGPT, which cannot be resumed here: "
+            f"--init_from={path} and another --out_dir start a new run from its weights"
+        )
+    check_checkpoint(checkpoint, path)
+    return checkpoint
+
+
+def open_checkpoint(path):
+    """What a file holds, not looked at. Memory-mapped: one copy serves all processes."""
+    return load_pickle(path, mmap=sys.platform != "win32")   # Windows could not replace the file
+
+
+def is_nanogpts(checkpoint):
+    return isinstance(checkpoint, dict) and "model_args" in checkpoint
+
+
+def check_checkpoint(checkpoint, path):
+    """InputError unless it has the keys that save_checkpoint writes."""
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path} is not a checkpoint of train.py")
     for key, kind in KEYS.items():
@@ -82,7 +101,6 @@ def load_checkpoint(path):
             raise InputError(f"{path} is not a checkpoint of train.py: {key} is missing or broken")
     if not all_tensors(checkpoint["model"]):
         raise InputError(f"{path} is not a checkpoint of train.py: model holds more than tensors")
-    return checkpoint
 
 
 def all_tensors(values):

@@ -17,6 +17,10 @@ class DownloadError(InputError):
     """A file could not be fetched."""
 
 
+class NotFound(DownloadError):
+    """The server says that it has no such file."""
+
+
 def hub_url(path):
     """The address of path on the Hugging Face Hub, or on the mirror that HF_ENDPOINT names."""
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -38,10 +42,7 @@ def download(url, path, sha256sum=None):
     try:
         with request(url, part) as response:
             if response.status_code not in (200, 206):
-                raise DownloadError(
-                    f"{url} answered {response.status_code} {response.reason}: to continue "
-                    f"without it, {alternatives(path)}"
-                )
+                raise refusal(url, path, response)
             sha256sum = sha256sum or hash_from_hub(response)
             total = receive(response, part)
     except requests.RequestException as e:
@@ -77,6 +78,17 @@ def request(url, part):
         part.unlink()
         return request(url, part)
     return response
+
+
+def refusal(url, path, response):
+    """The error for an answer without the file"""
+    status = response.status_code
+    kind = NotFound if status == 404 else DownloadError
+    hint = ""
+    if status in (401, 403) and url.startswith(hub_url("")):
+        hint = "if it is private, set HF_TOKEN; "
+    return kind(f"{url} answered {status} {response.reason}: {hint}to continue without it, "
+                f"{alternatives(path)}")
 
 
 def receive(response, part):

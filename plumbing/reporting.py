@@ -18,6 +18,14 @@ def tokens_per_step(run):
     return run.c.batch_size * run.model.config.block_size
 
 
+def warn_of_slow_evaluation(c, gpt_config, place):
+    """Before any data is fetched: on a CPU, the defaults evaluate 10 million tokens, in silence."""
+    tokens = c.eval_iters * c.batch_size * gpt_config.block_size
+    if place.device.type == "cpu" and tokens > 1_000_000:
+        print(f"note: an evaluation reads up to {tokens:,} tokens, which takes GPT-2 124M hours on "
+              f"a CPU: lower --eval_iters, or use config/shakespeare.py, which is made for CPUs")
+
+
 def log_resume(run, path, before):
     """path: the checkpoint; before: the settings in it"""
     changes = []

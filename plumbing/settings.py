@@ -13,6 +13,19 @@ from pathlib import Path
 
 from plumbing.errors import InputError, as_input_error, first_line
 
+# Settings of nanoGPT that have no counterpart of the same name: what to do here instead
+OF_NANOGPT = {
+    "gradient_accumulation_steps": "batch_size is the sequences of a whole step, "
+                                   "micro_batch_size those held at once: how often gradients "
+                                   "accumulate follows",
+    "decay_lr": "the learning rate decays to min_lr, and stays constant if min_lr=learning_rate",
+    "backend": "the device decides: NCCL on GPUs, gloo on CPUs",
+    "always_save_checkpoint": "ckpt.pt is always the last state, best.pt the best one",
+    "wandb_log": "every run writes metrics.csv, and docs/settings.md sends it to W&B in five lines",
+}
+for _name in ("wandb_project", "wandb_run_name"):
+    OF_NANOGPT[_name] = OF_NANOGPT["wandb_log"]
+
 
 def read_settings(argv, doc, *classes):
     """
@@ -129,6 +142,8 @@ def check(name, value, kinds, where):
     value, if name is a setting and value has its type; an int is accepted for a float, a list for a
     tuple. where is what stands before the name in an error: "--" or the name of a file.
     """
+    if name in OF_NANOGPT:
+        raise InputError(f"{where}{name} is nanoGPT's: here {OF_NANOGPT[name]}")
     if name not in kinds:
         similar = difflib.get_close_matches(name, kinds, 1)
         guess = f", did you mean {similar[0]}?" if similar else ""

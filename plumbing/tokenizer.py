@@ -1,42 +1,70 @@
-"""Text <-> token ids: GPT-2's byte pairs, or single characters."""
+"""Text <-> token ids: byte pairs, GPT-2's or another model's, or single characters."""
 
 import numpy as np
 import requests
 import tiktoken
 
 from plumbing.downloads import DownloadError, reason
-from plumbing.errors import InputError
+from plumbing.errors import InputError, first_line
+
+# How text is split into pieces; byte pairs are merged within a piece. With StarCoder's rule every
+# digit is a piece of its own.
+SPLITS = {
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "starcoder": r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
+}
 
 
 class Tokenizer:
     """
-    spec is plain data, kept in meta.json and in every checkpoint: {"kind": "gpt2"}, or
-    {"kind": "char", "chars": "\\n !$&..."}, where a character's id is its index in the string.
+    spec is plain data, kept in meta.json and in every checkpoint. Its kinds:
 
-    start is the id that begins a new text. Raises InputError for another spec.
+      {"kind": "gpt2"}                             GPT-2's byte pairs, which tiktoken knows
+      {"kind": "bpe", "split": "gpt2",             other byte pairs: a name in SPLITS, the id of
+       "vocab": {"Ġthe": 262, ...},                every token, spelled in byte_alphabet(), and of
+       "special": {"<|endoftext|>": 50256},        those that no text contains; the one that ends
+       "end": 50256}                               a text, or None
+      {"kind": "char", "chars": "\\n !$&..."}       a character's id is its index in the string
+
+    start   the id that begins a new text
+    end     the id that ends a text, or None
+    bpe     a tiktoken.Encoding, or None for characters
+
+    Raises InputError for another spec.
     """
 
     def __init__(self, spec):
         kind = spec.get("kind") if isinstance(spec, dict) else None
+        self.spec = spec
+        self.bpe = self.end = None
         if kind == "gpt2":
             self.bpe = gpt2_bpe()
-            self.vocab_size = self.bpe.n_vocab
-            self.start = self.bpe.eot_token   # <|endoftext|>, which separated documents in training
+            self.end = self.bpe.eot_token   # <|endoftext|>, which separated documents in training
+        elif kind == "bpe":
+            self.bpe = other_bpe(spec)
+            self.end = spec.get("end")
         elif kind == "char" and isinstance(spec.get("chars"), str):
             self.chars = spec["chars"]
             self.id_of = np.full(0x110000, -1, dtype=np.int32)   # code point -> id, -1 = unknown
             self.id_of[code_points(self.chars)] = np.arange(len(self.chars))
-            self.vocab_size = len(self.chars)
-            self.start = max(0, self.chars.find("\n"))
         else:
             raise InputError(
-                f"unknown tokenizer {spec!r:.100}: expected kind 'gpt2', or 'char' with its chars"
+                f"unknown tokenizer {spec!r:.100}: expected kind 'gpt2', 'bpe' with its vocab, or "
+                "'char' with its chars"
             )
-        self.spec = spec
+        if self.bpe:
+            self.vocab_size = self.bpe.n_vocab
+            self.start = self.end or 0
+        else:
+            self.vocab_size = len(self.chars)
+            self.start = max(0, self.chars.find("\n"))
 
     def encode(self, text):
-        """Text -> list of ids. Raises InputError for a character that has no id."""
-        if self.spec["kind"] == "gpt2":
+        """
+        Text -> list of ids. The name of a special token is text like any other. Raises InputError
+        for a character that has no id.
+        """
+        if self.bpe:
             return self.bpe.encode_ordinary(text)
         unknown = sorted(set(text) - set(self.chars))
         if unknown:
@@ -49,7 +77,7 @@ class Tokenizer:
 
     def token_bytes(self, token):
         """The UTF-8 bytes of one id. A byte-pair token may hold only a part of a character."""
-        if self.spec["kind"] == "gpt2":
+        if self.bpe:
             return self.bpe.decode_single_token_bytes(token)
         return self.chars[token].encode()
 
@@ -57,6 +85,10 @@ class Tokenizer:
         """Ids -> text; bytes that are not UTF-8 become U+FFFD."""
         raw = b"".join(self.token_bytes(token) for token in tokens)
         return raw.decode("utf-8", errors="replace")
+
+    def ranks(self):
+        """Byte pairs alone: {bytes of a token: id}, without special tokens"""
+        return self.bpe._mergeable_ranks
 
 
 def gpt2_bpe():
@@ -70,6 +102,38 @@ def gpt2_bpe():
             "machine with a network and TIKTOKEN_CACHE_DIR=<folder>, copy that folder here and "
             "set the same variable; config/stdlib.py needs none of this"
         ) from None
+
+
+def other_bpe(spec):
+    """A spec of kind "bpe" -> tiktoken.Encoding"""
+    byte_of = {char: byte for byte, char in byte_alphabet().items()}
+    try:
+        ranks = {bytes(byte_of[c] for c in text): id for text, id in spec["vocab"].items()}
+        return tiktoken.Encoding("bpe", pat_str=SPLITS[spec["split"]], mergeable_ranks=ranks,
+                                 special_tokens=spec["special"])
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
+        raise InputError(f"the tokenizer is broken: {first_line(e)}") from None
+
+
+def same_tokenizer(a, b):
+    """Whether two specs give every text the same ids."""
+    if a == b:
+        return True
+    a, b = Tokenizer(a), Tokenizer(b)
+    if not (a.bpe and b.bpe):
+        return False   # characters would have had equal specs
+    split_a, split_b = (t.spec.get("split", "gpt2") for t in (a, b))
+    return split_a == split_b and a.ranks() == b.ranks() and a.end == b.end
+
+
+def byte_alphabet():
+    """
+    {byte: character}, as GPT-2's files spell bytes: printable ones as themselves, the others as the
+    characters from U+0100 on, so that a space is Ġ.
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 def code_points(text):

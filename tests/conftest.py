@@ -70,6 +70,7 @@ def server():
     """The address of a server of our own, which helpers.Server describes"""
     Server.files = {"/f": bytes(range(256)) * 4000}
     Server.fault = None
+    Server.cut_after = 300_000
     Server.asked = []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as httpd:
         threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()

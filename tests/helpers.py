@@ -181,6 +181,7 @@ class Server(http.server.BaseHTTPRequestHandler):
     """Serves `files`; `fault` makes it misbehave, `asked` remembers the requests."""
     files = {}
     fault = None   # None, a status such as 500, "cut" (the connection breaks) or "no ranges"
+    cut_after = 300_000   # bytes
     asked = []     # of (path, header Range, header Authorization)
 
     def do_GET(self):
@@ -215,7 +216,7 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")
         self.send_header("Content-Length", str(len(body) - first))
         self.end_headers()
-        last = first + 300_000 if self.fault == "cut" else len(body)
+        last = first + self.cut_after if self.fault == "cut" else len(body)
         self.wfile.write(body[first:last])
         self.close_connection = True
 

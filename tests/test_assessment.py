@@ -8,7 +8,7 @@ import torch
 from helpers import HERE, fails
 
 from assessment import __main__ as assessment
-from assessment import plots
+from assessment import plots, runs
 from assessment.cost import cache_bytes, fill
 from model import GPTConfig
 from test_model import MIXED_WINDOWS, W, every_variant, tiny
@@ -78,3 +78,38 @@ def test_plots_draws_every_picture_from_the_results(tmp_path, monkeypatch, capsy
         assert (HERE / "assessment" / name).is_file(), name
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG"), name
     assert "mean over the seeds" in capsys.readouterr().out
+
+
+HEADER = "step,tokens,train_loss,val_loss,lr,grad_norm,tokens_per_s,elapsed_s\n"
+
+
+def test_runs_draws_the_losses_of_several_runs(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    for name in ("out-a", "out-b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.csv").write_text(
+            HEADER + "0,0,,4.2,,,,1.0\n10,99,3.1,,1e-3,0.5,9,2.0\n10,99,,3.0,,,,2.5\n")
+    assert runs.read_losses("out-a") == {"train_loss": [(10, 3.1)],
+                                         "val_loss": [(0, 4.2), (10, 3.0)]}
+    assessment.main(["runs", "out-a", "out-b/metrics.csv"])
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("text, match", [
+    (None, "metrics.csv does not exist"),
+    ("a,b\n1,2\n", "was not written by train.py"),
+    (HEADER, "no validation loss yet"),
+    (HEADER + "0,0,,four,,,,1\n", "is damaged"),
+    (HEADER + "x,0,,4,,,,1\n", "is damaged"),
+])
+def test_run_that_cannot_be_drawn_is_one_clear_line(text, match, tmp_path):
+    if text is not None:
+        (tmp_path / "metrics.csv").write_text(text)
+    fails(assessment, "runs", tmp_path, match=match)
+
+
+def test_without_matplotlib_there_is_one_clear_line(tmp_path, monkeypatch):
+    (tmp_path / "metrics.csv").write_text(HEADER + "0,0,,4.2,,,,1.0\n")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    fails(assessment, "runs", tmp_path, match="pip install -r requirements-dev.txt")

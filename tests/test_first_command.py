@@ -3,6 +3,9 @@ The first command of the README always works: where Shakespeare is neither there
 `python train.py config/shakespeare.py` trains on the Python library of this machine.
 """
 
+import io
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -190,3 +193,32 @@ def test_other_datasets_named_by_files_have_no_substitute(
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     Path("own.py").write_text(f"dataset = {name!r}")
     refuses(*without(TINY, "dataset"), "own.py", match=match)
+
+
+# ------------------------------------------------------------------------------------------------
+# On a CPU, and in notebooks
+
+def test_on_a_CPU_a_long_evaluation_is_announced_before_any_data_is_fetched(monkeypatch, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    fails(train, "--device=cpu", "--dtype=float32", match="cannot fetch")
+    out = capsys.readouterr().out
+    assert "an evaluation reads up to 10,485,760 tokens" in out
+    assert out.index("evaluation") < out.index("fineweb")
+    fails(train, CONFIG, "--dataset=nothing", "--device=cpu", match="unknown")
+    assert "evaluation" not in capsys.readouterr().out
+
+
+class NotebookStream(io.StringIO):
+    """What sys.stdout is in a notebook: like this class, it has no reconfigure()."""
+
+
+def test_scripts_run_in_a_notebook(monkeypatch, short_sample):
+    """%run is runpy in the process of the notebook; train.main may also be called."""
+    monkeypatch.setattr(sys, "stdout", NotebookStream())
+    monkeypatch.setattr(sys, "stderr", NotebookStream())
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "--max_iters=1"])
+    runpy.run_path(str(HERE / "train.py"), run_name="__main__")
+    train.main([*TINY, "--max_iters=2"])
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--max_new_tokens=3", "--device=cpu"])
+    runpy.run_path(str(HERE / "sample.py"), run_name="__main__")
+    assert "more of it" in sys.stdout.getvalue() and "3 tokens in" in sys.stderr.getvalue()

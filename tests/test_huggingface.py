@@ -12,7 +12,6 @@ import transformers
 
 from model import GPT, GPTConfig
 from plumbing.errors import InputError
-from plumbing.huggingface import GPT2_SIZES
 from test_model import (
     GQA,
     MIXED_WINDOWS,
@@ -22,9 +21,11 @@ from test_model import (
     V,
     W,
     difference,
+    greedy_text_of_transformers,
     hf_gpt2,
     hf_starcoder2,
     repeated_heads,
+    shake,
     tiny,
     tokens,
 )
@@ -78,10 +79,6 @@ def same_parameters(a, b):
 
 # ------------------------------------------------------------------------------------------------
 # GPT-2 folders
-
-def test_the_four_released_sizes_have_their_names():
-    assert GPT2_SIZES == ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-
 
 def as_transformers_saves_them(tensors):
     return tensors
@@ -148,13 +145,6 @@ def test_config_json_as_OpenAI_released_it_loads(folder):
     assert difference(ours, theirs, tokens(2, 32)) < 1e-5
 
 
-def test_a_vocabulary_of_50257_brings_the_tokenizer_of_GPT2_and_another_brings_none(folder):
-    tiny(vocab_size=50257, n_embd=8, n_layer=1).save_pretrained(folder)
-    assert GPT.from_pretrained(folder).tokenizer_spec == {"kind": "gpt2"}
-    tiny().save_pretrained(folder)
-    assert GPT.from_pretrained(folder).tokenizer_spec is None
-
-
 # ------------------------------------------------------------------------------------------------
 # StarCoder2 folders
 
@@ -180,6 +170,99 @@ def test_every_form_of_a_StarCoder2_folder_loads(folder, changes, form):
 
 
 # ------------------------------------------------------------------------------------------------
+# gpt_bigcode and gpt_neo folders: GPT-2 with one key/value head, and with windows
+
+SHAPES = {
+    "wide": {"n_layer": 2, "n_head": 4, "n_embd": 64},
+    "deep": {"n_layer": 4, "n_head": 2, "n_embd": 32},
+    "odd": {"n_layer": 3, "n_head": 3, "n_embd": 48},
+}   # of heads of 16 channels: sqrt(16) = 4, so that the queries of a gpt_neo scale exactly
+each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+GREEDY = 40   # tokens, past every window
+
+
+def hf_bigcode(shape, **changes):
+    torch.manual_seed(2)
+    config = transformers.GPTBigCodeConfig(
+        n_positions=64, vocab_size=V, bos_token_id=None, eos_token_id=None, **shape, **changes)
+    return shake(transformers.GPTBigCodeForCausalLM(config))
+
+
+def hf_neo(shape, attention_types=None, **changes):
+    torch.manual_seed(3)
+    n_layer = shape["n_layer"]
+    config = transformers.GPTNeoConfig(
+        num_layers=n_layer, num_heads=shape["n_head"], hidden_size=shape["n_embd"],
+        attention_types=attention_types or [[["global", "local"], n_layer // 2],
+                                            [["local"], n_layer % 2]],
+        max_position_embeddings=64, vocab_size=V, window_size=W, bos_token_id=None,
+        eos_token_id=None, **changes)
+    return shake(transformers.GPTNeoForCausalLM(config))
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}], ids=["tied", "untied"])
+@pytest.mark.parametrize("make", [hf_bigcode, hf_neo])
+@each_shape
+def test_logits_and_text_are_those_of_transformers_and_the_way_back_is_exact(
+        folder, make, shape, changes):
+    theirs = make(shape, **changes)
+    theirs.save_pretrained(folder)
+    ours, idx = GPT.from_pretrained(folder), tokens(2, 64)
+    assert difference(ours, theirs, idx) < 1e-4
+    text = ours.generate(idx[:, :8], GREEDY, temperature=0)
+    assert torch.equal(text, greedy_text_of_transformers(theirs, idx[:, :8], GREEDY))
+
+    ours.save_pretrained("exported")
+    again = opened_by_transformers("exported")
+    assert type(again) is type(theirs)
+    assert same_parameters(again, theirs)
+    assert same_parameters(GPT.from_pretrained("exported"), ours)
+    assert GPT.from_pretrained("exported").config == ours.config
+
+
+def test_queries_of_a_gpt_neo_of_any_width_come_back_up_to_rounding(folder):
+    theirs = hf_neo({"n_layer": 1, "n_head": 2, "n_embd": 24})   # sqrt(12)
+    theirs.save_pretrained(folder)
+    ours = GPT.from_pretrained(folder)
+    assert difference(ours, theirs, tokens(2, 64)) < 1e-4
+    ours.save_pretrained(folder)
+    for a, b in zip(opened_by_transformers(folder).parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("types, window_size", [
+    ([[["global"], 2]], None),
+    ([[["local"], 2]], W),
+    ([[["local", "global"], 1]], (W, 0)),
+    ([[["global"], 1], [["local"], 1]], (0, W)),
+])
+def test_attention_types_of_a_gpt_neo_are_windows(folder, types, window_size):
+    hf_neo(SHAPES["wide"], types).save_pretrained(folder)
+    assert GPT.from_pretrained(folder).config.window_size == window_size
+
+
+@pytest.mark.parametrize("make, key, value", [
+    (hf_bigcode, "multi_query", False),
+    (hf_bigcode, "activation_function", "gelu"),
+    (hf_neo, "activation_function", "gelu"),
+    (hf_neo, "window_size", 0),
+    (hf_neo, "window_size", None),
+    (hf_neo, "attention_types", None),
+    (hf_neo, "attention_types", [[["global"], 1]]),
+    (hf_neo, "attention_types", [[["global", "far"], 1]]),
+    (hf_neo, "attention_types", [[["global"], "2"]]),
+    (hf_neo, "attention_types", [["global", 2]]),
+    (hf_neo, "attention_types", [[[["global"]], 2]]),
+    (hf_neo, "attention_types", 7),
+])
+def test_config_of_another_bigcode_or_neo_is_refused(folder, make, key, value):
+    make(SHAPES["wide"]).save_pretrained(folder)
+    change_config(folder, **{key: value})
+    with pytest.raises(InputError, match=f"config.json: {key}"):
+        GPT.from_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------------------
 # Exports
 
 EXPORTED = {
@@ -191,6 +274,12 @@ EXPORTED = {
     "rope+swa": ROPE | SWA,
     "rope+gqa+swa": ROPE | GQA | SWA,
     "rope, window 0": ROPE | {"use_swa": True, "window_size": 0},
+    "one key/value head": {"use_gqa": True, "n_kv_head": 1},
+    # 64 channels: a gpt_neo divides queries by sqrt(D), which is exact for D = 16
+    "swa": SWA | {"bias": False, "n_embd": 64},
+    "windows that differ": {"use_swa": True, "window_size": (W, 0, W), "bias": False, "n_embd": 64},
+    "without biases": {"bias": False},
+    "rope, without biases": ROPE | {"bias": False},
 }
 
 
@@ -206,17 +295,32 @@ def test_export_opens_in_transformers_with_equal_logits_and_comes_back_exactly(f
     ours = tiny(**switches)
     ours.save_pretrained(folder)
     assert difference(ours, opened_by_transformers(folder), tokens(2, 32)) < 1e-5
-    assert same_parameters(GPT.from_pretrained(folder), ours)
+    again = GPT.from_pretrained(folder)
+    assert same_parameters(again, ours)
+    if switches.get("window_size") == 0:   # no window, so that the switch comes back off
+        again.config.use_swa, again.config.window_size = True, 0
+    assert again.config == ours.config
 
 
-@pytest.mark.parametrize("switches", [{}, ROPE], ids=["gpt2", "rope"])
-def test_export_without_biases_opens_in_transformers_with_equal_logits(folder, switches):
-    ours = tiny(bias=False, **switches)
-    ours.save_pretrained(folder)
-    assert difference(ours, opened_by_transformers(folder), tokens(2, 32)) < 1e-5
+def test_export_that_says_it_has_no_biases_and_has_some_is_refused(folder):
+    tiny(bias=False).save_pretrained(folder)
+    change_tensors(folder, replacing("h.1.ln_1.bias", torch.ones(32)))
+    with pytest.raises(InputError, match="no biases, and h.1.ln_1.bias is one"):
+        GPT.from_pretrained(folder)
 
 
-def test_export_makes_its_folder_and_knows_the_end_of_text_of_GPT2_only(folder):
+@pytest.mark.parametrize("tied", [True, False])
+def test_names_have_the_prefix_that_other_programs_expect(folder, tied):
+    """OpenAI's files of tied models have none, which some programs count on."""
+    tiny(tied=tied).save_pretrained(folder)
+    names = safetensors.torch.load_file(folder / "model.safetensors")
+    assert ("wte.weight" in names) == tied
+    assert ("transformer.wte.weight" in names) != tied
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["n_ctx"] == 32
+
+
+def test_export_makes_its_folder_and_assumes_the_end_of_text_of_GPT2_only(folder):
     folder = folder / "within" / "another"
     tiny().save_pretrained(folder)
     assert opened_by_transformers(folder).config.eos_token_id is None
@@ -228,16 +332,26 @@ def test_export_replaces_an_earlier_one(folder):
     tiny().save_pretrained(folder)
     tiny(n_layer=1).save_pretrained(folder)
     assert GPT.from_pretrained(folder).config.n_layer == 1
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize(
-    "switches", [GQA, SWA, GQA | SWA, MIXED_WINDOWS],
-    ids=["gqa", "swa", "gqa+swa", "windows that differ"],
-)
-def test_what_is_neither_a_GPT2_nor_a_StarCoder2_cannot_be_exported(folder, switches):
-    with pytest.raises(InputError, match="neither format we write holds it"):
+@pytest.mark.parametrize("switches", [
+    GQA,
+    GQA | SWA,
+    {"use_gqa": True, "n_kv_head": 1} | SWA,
+    ROPE | MIXED_WINDOWS,
+    {"use_swa": True, "window_size": (4, 5, 6), "bias": False},
+], ids=["two key/value heads", "gqa+swa", "one head+swa", "rope+windows", "three windows"])
+def test_what_has_no_public_counterpart_cannot_be_exported(folder, switches):
+    with pytest.raises(InputError, match="no public architecture has this"):
         tiny(**switches).save_pretrained(folder)
+    assert not folder.exists()
+
+
+def test_windows_with_biases_in_q_k_and_v_cannot_be_exported(folder):
+    with pytest.raises(InputError, match="gpt_neo, whose q, k and v have no biases"):
+        tiny(**SWA).save_pretrained(folder)
     assert not folder.exists()
 
 

@@ -252,3 +252,9 @@ def test_free_disk_is_checked_first(monkeypatch):
     needs = "tokenizing needs .* MB in data.x, .*0 MB"
     fails(prepare_data, "--input", "text.txt", "--name", "x", match=needs)
     fails(prepare_data, "fineweb", match="fineweb with 1 shard.* needs 400 MB")
+
+
+def test_size_of_fineweb_is_said_before_it_is_fetched(monkeypatch, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    fails(prepare_data, "fineweb", "--shards=9", match="cannot fetch")
+    assert "fineweb: 2.0 GB to download, 10 file(s)" in capsys.readouterr().out

@@ -32,6 +32,11 @@ def test_sample_streams_prompt_and_text_and_reports_its_speed(run, capsys):
     assert err.splitlines()[-1].startswith("40 tokens in ") and "tokens/s" in err
 
 
+def test_init_from_resume_means_the_run_as_in_nanoGPT(run, capsys):
+    sample.main(["--init_from=resume", "--out_dir=out", "--max_new_tokens=5", "--device=cpu"])
+    assert len(capsys.readouterr().out) == 6
+
+
 def test_sample_is_repeatable_and_greedy_ignores_the_seed(run, capsys):
     def text(*flags):
         sample.main(["--out_dir=out", "--max_new_tokens=30", "--device=cpu", *flags])
@@ -83,6 +88,7 @@ def test_character_of_several_tokens_is_shown_whole(capsys, monkeypatch, gpt2_to
     (["--prompt_file=none.txt"], "none.txt"),
     (["--prompt_file=latin.txt"], "latin.txt is not UTF-8"),
     (["--prompt=a", "--prompt_file=text.txt"], "not both"),
+    (["--start=FILE:x.txt"], "--start is nanoGPT's: here it is --prompt=TEXT, or --prompt_file"),
 ])
 def test_bad_prompt_is_one_clear_line(argv, match, run):
     Path("latin.txt").write_bytes("caf\u00e9!".encode("latin1"))
@@ -107,4 +113,4 @@ def test_missing_model_is_one_clear_line(argv, match):
 
 def test_folder_of_weights_without_a_tokenizer_is_one_clear_line():
     GPT(GPTConfig(8, 17, 1, 2, 16)).save_pretrained("weights")
-    fails(sample, "--device=cpu", "--init_from=weights", match="weights has no tokenizer")
+    fails(sample, "--device=cpu", "--init_from=weights", match="^error: weights .*has no tokenizer")

@@ -159,6 +159,22 @@ def test_unknown_name_is_refused_and_the_nearest_one_named(argv, match):
     refuses(argv, match)
 
 
+@pytest.mark.parametrize("flag, here", [
+    ("--gradient_accumulation_steps=40", "micro_batch_size"),
+    ("--decay_lr=False", "min_lr=learning_rate"),
+    ("--backend=nccl", "gloo on CPUs"),
+    ("--always_save_checkpoint", "best.pt"),
+    ("--wandb_log=True", "metrics.csv"),
+    ("--wandb_project=owt", "metrics.csv"),
+    ("--wandb_run_name=gpt2", "metrics.csv"),
+])
+def test_name_of_nanoGPT_is_refused_with_its_counterpart(flag, here):
+    name, _, value = flag.removeprefix("--").partition("=")
+    refuses([flag], f"^error: --{name} is nanoGPT's: .*{here}")
+    Path("nano.py").write_text(f"{name} = {value!r}")
+    refuses(["nano.py"], f"^error: nano.py: {name} is nanoGPT's: .*{here}")
+
+
 @pytest.mark.parametrize("argv, match", [
     (["--n_layer=four"], "n_layer='four' is of type str, must be int"),
     (["--n_layer=4.0"], "n_layer=4.0 is of type float, must be int"),

@@ -88,8 +88,11 @@ def refuses(match, *argv):
     assert not Path("out/ckpt.pt").exists()
 
 
-def test_dataset_without_meta_json_is_unknown():
+def test_token_files_without_meta_json_say_that_it_is_missing():
     META.unlink()
+    refuses("data/tiny has .bin files but no meta.json.*docs/your_own_data.md")
+    TRAIN.unlink()
+    VAL.unlink()
     refuses("unknown dataset 'tiny'")
 
 
