@@ -48,8 +48,8 @@ from plumbing.progress import Stopwatch
 from plumbing.run_folder import Metrics, checkpoint_of_run, checkpoint_to_resume, make_out_dir
 from plumbing.settings import read_settings
 from plumbing.signals import StopSignals
-from plumbing.token_files import Data, load_meta
-from plumbing.tokenizer import Tokenizer, same_tokenizer
+from plumbing.token_files import Data, check_tokenizer, load_meta
+from plumbing.tokenizer import Tokenizer
 from prepare_data import SUBSTITUTE_NOTE, find_dataset, prepare_if_missing
 
 
@@ -177,22 +177,8 @@ def build_model(start, checkpoint, asked, given, meta):
         raise InputError(f"vocab_size={model.config.vocab_size} is less than the "
                          f"{meta['vocab_size']} ids of the dataset")
     if not from_scratch:
-        check_tokenizer(model, meta, start)
+        check_tokenizer(model.tokenizer_spec, model.config.vocab_size, meta, start)
     return model.train()
-
-
-def check_tokenizer(model, meta, start):
-    """Trained weights need the tokenizer they were trained with: InputError for another one."""
-    spec = model.tokenizer_spec
-    if spec is not None and not same_tokenizer(spec, meta["tokenizer"]):
-        raise InputError(f"{start} was trained with another tokenizer than the dataset has, so the "
-                         f"same ids mean other text: prepare the data with its tokenizer, "
-                         f"prepare_data.py --input FILE --name NAME --tokenizer {start}")
-    # Where it is not known, at least as many characters as the weights have
-    size = model.config.vocab_size
-    if spec is None and meta["tokenizer"]["kind"] == "char" and size != meta["vocab_size"]:
-        raise InputError(f"{start} has {size} ids and the dataset {meta['vocab_size']} characters: "
-                         f"they cannot mean the same text")
 
 
 def check_shape(have, want, path):

@@ -17,6 +17,11 @@ import torch
 
 from plumbing.errors import InputError, first_line
 
+# Those of model.py; # is the layer
+MODULES = (
+    "wte", "wpe", "h.#.ln_1", "h.#.attn.c_attn", "h.#.attn.c_proj", "h.#.ln_2", "h.#.mlp.c_fc",
+    "h.#.mlp.c_proj", "ln_f", "lm_head",
+)
 # The weights of these are (in, out) in GPT-2's files and (out, in) in nn.Linear.
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 # Causal masks, which old files hold as if they were weights
@@ -29,7 +34,7 @@ MASKS = (
 #              if the key is missing
 # mlp_width    the key that must be 4*n_embd
 # dropout      keys that are written only: dropout belongs to a training run, not to the weights
-# modules      our module: theirs, or the three that ours is the concatenation of; # is the layer
+# modules      our module: theirs, or the three that ours is the concatenation of
 # transposed   endings of the tensors that are stored transposed
 # no_bias      endings of our modules that have no bias there
 GPT2 = {
@@ -52,18 +57,7 @@ GPT2 = {
     },
     "mlp_width": "n_inner",
     "dropout": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
-    "modules": {
-        "wte": ["transformer.wte"],
-        "wpe": ["transformer.wpe"],
-        "h.#.ln_1": ["transformer.h.#.ln_1"],
-        "h.#.attn.c_attn": ["transformer.h.#.attn.c_attn"],
-        "h.#.attn.c_proj": ["transformer.h.#.attn.c_proj"],
-        "h.#.ln_2": ["transformer.h.#.ln_2"],
-        "h.#.mlp.c_fc": ["transformer.h.#.mlp.c_fc"],
-        "h.#.mlp.c_proj": ["transformer.h.#.mlp.c_proj"],
-        "ln_f": ["transformer.ln_f"],
-        "lm_head": ["lm_head"],
-    },
+    "modules": {name: [f"transformer.{name}"] for name in MODULES} | {"lm_head": ["lm_head"]},
     "transposed": CONV1D,
     "no_bias": (),
 }

@@ -12,7 +12,7 @@ import torch
 from plumbing.downloads import DownloadError
 from plumbing.errors import InputError
 from plumbing.files import replacing
-from plumbing.tokenizer import Tokenizer
+from plumbing.tokenizer import Tokenizer, same_tokenizer
 
 PREPARE_AGAIN = "prepare it again with prepare_data.py"
 
@@ -77,6 +77,24 @@ def check_size(path, expected):
     if size != expected:
         raise InputError(
             f"{path} has {size:,} bytes, its tokens take {expected:,}: {PREPARE_AGAIN}"
+        )
+
+
+def check_tokenizer(spec, vocab_size, meta, weights):
+    """
+    InputError if trained weights had another tokenizer than the data in meta. spec and vocab_size
+    are those of the weights, whose name is for the error; spec None: it is not known
+    """
+    if spec is not None and not same_tokenizer(spec, meta["tokenizer"]):
+        raise InputError(
+            f"{weights} was trained with another tokenizer than the dataset has, so the same ids "
+            "mean other text: prepare the data with its tokenizer, prepare_data.py --input FILE "
+            f"--name NAME --tokenizer {weights}"
+        )
+    if spec is None and meta["tokenizer"]["kind"] == "char" and vocab_size != meta["vocab_size"]:
+        raise InputError(
+            f"{weights} has {vocab_size} ids and the dataset {meta['vocab_size']} characters: they "
+            "cannot mean the same text"
         )
 
 
