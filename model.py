@@ -148,6 +148,8 @@ def attend_in_blocks(q, k, v, window, dropout=0.0):
     The sequence is split into blocks of W tokens. Everything that a block may see lies in the
     block itself and the one before it (Longformer, section 3.2: "chunks").
     """
+    if q.device.type == "cuda" and q.dtype == torch.bfloat16 and dropout == 0:
+        return attend_with_flash(q, k, v, window)
     # split, not k[:, :, a:b] in the loop: the gradient of each such slice would be a tensor of the
     # whole length T, zero almost everywhere.
     qs, ks, vs = (x.split(window, dim=2) for x in (q, k, v))     # blocks (B,heads,W,D)
@@ -160,6 +162,22 @@ def attend_in_blocks(q, k, v, window, dropout=0.0):
         block_mask = mask[:qs[i].shape[2], :two_k.shape[2]]
         y.append(attend(qs[i], two_k, two_v, block_mask, dropout=dropout))
     return torch.cat(y, dim=2)
+
+
+def attend_with_flash(q, k, v, window):
+    """
+    The same on GPUs: flash attention (Dao 2023), which skips what is out of sight. It wants the
+    sequences of the batch one after the other and where each begins: (B*T,H,D).
+    """
+    from torch.nn.attention.varlen import varlen_attn  # here, as it is for some GPUs only
+
+    B, H, T, D = q.shape
+    k = k.repeat_interleave(H // k.shape[1], dim=1)     # (B,H,T,D)
+    v = v.repeat_interleave(H // v.shape[1], dim=1)
+    q, k, v = (x.transpose(1, 2).reshape(B * T, H, D) for x in (q, k, v))
+    begins = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
+    y = varlen_attn(q, k, v, begins, begins, T, T, window_size=(window - 1, 0))
+    return y.view(B, T, H, D).transpose(1, 2)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -345,13 +363,14 @@ class GPT(nn.Module):
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx, targets=None, cache=None, loss_only=False):
         """
         idx      (B,T) int64 token ids: at most block_size, cached ones included. With RoPE
                  there is no limit unless a layer without a window has to cache them
         targets  (B,T) int64, the token that follows each one; -1 = ignore this position
         cache    from new_cache(B), for inference only: idx continues what the cache has seen,
                  and is added to it
+        loss_only  True = None for the logits, so that their gradient needs no memory
         returns  logits (B,T,V), and the loss: mean cross-entropy in nats per token, None
                  without targets, NaN if all targets are -1
         raises   ValueError for too many tokens, or a cache of another model or batch size
@@ -360,7 +379,7 @@ class GPT(nn.Module):
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return logits, loss
+        return None if loss_only else logits, loss
 
     def hidden(self, idx, cache=None):
         """The final hidden states, which lm_head reads: (B,T) -> (B,T,C)"""

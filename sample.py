@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from model import GPT, check_sampling
-from plumbing.device import choose_device
+from plumbing.device import choose_device, disable_cudnn_attention
 from plumbing.errors import InputError, as_input_error, run_script
 from plumbing.run_folder import checkpoint_of_run
 from plumbing.tokenizer import Tokenizer
@@ -130,6 +130,7 @@ def main(argv):
     check(args)
     device, bf16, line = choose_device(args.device, args.dtype)
     print(line, file=sys.stderr)
+    disable_cudnn_attention()
     model, tokenizer = load(args.init_from, args.out_dir)
     model.to(device, torch.bfloat16 if bf16 else torch.float32)
     prompt = read_prompt(args, tokenizer)

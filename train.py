@@ -39,11 +39,24 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from model import GPT, GPTConfig, require
 from plumbing import reporting
-from plumbing.checkpoints import load_checkpoint, restore, save_checkpoint
-from plumbing.device import choose_attention_kernel, choose_device, compiler_problem, to_device
+from plumbing.checkpoints import load_checkpoint, restore, save_again, save_checkpoint
+from plumbing.device import (
+    choose_attention_kernel,
+    choose_device,
+    compiler_problem,
+    disable_cudnn_attention,
+    to_device,
+)
 from plumbing.errors import InputError, as_input_error, run_script
 from plumbing.muon import Muon
-from plumbing.processes import all_reduce, any_rank, decide_on_rank0, joined, rank0_first
+from plumbing.processes import (
+    AnyRank,
+    all_reduce,
+    decide_on_rank0,
+    joined,
+    mesh_of_processes,
+    rank0_first,
+)
 from plumbing.progress import Stopwatch
 from plumbing.run_folder import Metrics, checkpoint_of_run, checkpoint_to_resume, make_out_dir
 from plumbing.settings import read_settings
@@ -169,7 +182,8 @@ def build_model(start, checkpoint, asked, given, meta):
         changes = {}   # a resumed run keeps its own shape
     from_scratch = start in ("scratch", "auto")
     if from_scratch:
-        model = GPT(replace(asked, vocab_size=changes.get("vocab_size", meta["vocab_size"])))
+        vocab_size = changes.get("vocab_size", padded(meta["vocab_size"]))
+        model = GPT(replace(asked, vocab_size=vocab_size))
     else:
         with as_input_error():
             model = GPT.from_pretrained(start, **(changes | {"dropout": asked.dropout}))
@@ -179,6 +193,16 @@ def build_model(start, checkpoint, asked, given, meta):
     if not from_scratch:
         check_tokenizer(model.tokenizer_spec, model.config.vocab_size, meta, start)
     return model.train()
+
+
+def padded(vocab_size):
+    """
+    GPUs multiply fast only if rows have a multiple of 64 numbers, and the head is a third of all
+    products: a new model has ids that no text contains. Samples and exports do not show them.
+    """
+    if vocab_size < 1024:
+        return vocab_size
+    return 64 * math.ceil(vocab_size / 64)
 
 
 def check_shape(have, want, path):
@@ -209,7 +233,7 @@ def wrap(model, c, place):
 
 def compile_model(model, c, place):
     problem = compiler_problem(place.device)
-    (failed,) = any_rank(problem is not None)   # all processes compile, or none
+    failed = all_reduce(problem is not None, dist.ReduceOp.MAX)   # all compile, or none
     if failed:
         print(f"torch.compile failed, continuing without it: {problem or 'on another process'}")
         return
@@ -231,7 +255,7 @@ def shard(model, c, place):
     # Imported here, because it takes half a second.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = dist.init_device_mesh(place.device.type, (place.world,))
+    mesh = mesh_of_processes(place.device.type)
     policy = MixedPrecisionPolicy()
     if place.bf16:   # blocks then also pass bfloat16 to each other; with DDP they pass float32
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -252,7 +276,7 @@ def replicate(model, c, place):
         idx = torch.zeros(place.micro, model.config.block_size, dtype=torch.int64,
                           device=place.device)
         with place.autocast:
-            loss = net(idx, idx)[1]
+            loss = net(idx, idx, loss_only=True)[1]
         loss.backward()
         net.zero_grad(set_to_none=False)
     return net
@@ -317,7 +341,7 @@ def accumulate_gradients(step, net, data, c, place):
         set_gradient_sync(net, place, sync=is_last)
         x, y = to_device(data.batch(range(first, first + place.micro)), place.device)
         with place.autocast:
-            loss = net(x, y)[1] * (place.micro / share)   # [1]: keep no large logits alive
+            loss = net(x, y, loss_only=True)[1] * (place.micro / share)
         loss.backward()
         total += loss.detach()
     return total
@@ -363,7 +387,7 @@ def evaluate(net, data, c, place):
         y[counted:] = -1
         x, y = to_device((x, y), place.device)
         with place.autocast:
-            loss = net(x, y)[1]
+            loss = net(x, y, loss_only=True)[1]
         if counted:
             total += loss.item() * counted
     if place.mode == "fsdp":
@@ -393,10 +417,15 @@ class Run:
     best_val_loss: float = math.inf
     loss: torch.Tensor | float = 0.0   # of the last step: mean over this process's share
     norm: torch.Tensor | float = 0.0   # of the last step: of the whole gradient
+    saved_best_at: int | None = None   # the step of best.pt
 
     def save(self, name):
-        save_checkpoint(Path(self.c.out_dir) / name, self.model, self.optimizers, self.c,
-                        self.step, self.best_val_loss, self.tokenizer_spec)
+        path = Path(self.c.out_dir) / name
+        if name == "ckpt.pt" and self.saved_best_at == self.step:   # the same state
+            save_again(path.with_name("best.pt"), path)
+            return
+        save_checkpoint(path, self.model, self.optimizers, self.c, self.step, self.best_val_loss,
+                        self.tokenizer_spec)
 
 
 def set_up(c, gpt_config, given, group):
@@ -449,22 +478,20 @@ def make_run(c, place, meta, model):
     # The fastest kernel depends on how long one call of attention is: a window, or the sequence.
     shortest = min(min(W or block_size, block_size) for W in model.config.windows)
     choose_attention_kernel(place.device, place.bf16, shortest)
+    if any(model.config.windows):
+        disable_cudnn_attention()
     net = wrap(model, c, place)
     optimizers = make_optimizers(model, c, place.device)   # after wrap: FSDP replaces parameters
     return Run(c, place, model, net, optimizers, train_data, val_data, meta["tokenizer"])
 
 
-def what_is_due(step, c, stop_requested, minutes_since_save):
-    """
-    -> stop, evaluate_now, save, log. Signals and clocks differ between processes, so all decide
-    together: if one saved while another trained on, both would wait forever.
-    """
-    stop, overdue = any_rank(stop_requested, minutes_since_save > c.checkpoint_minutes)
+def what_is_due(step, c, stop, overdue):
+    """-> evaluate_now, save, log"""
     at_end = step >= c.max_iters
     evaluate_now = not stop and (at_end or step % c.eval_interval == 0)
     save = stop or overdue or evaluate_now or step % c.checkpoint_interval == 0
     log = stop or at_end or step % c.log_interval == 0
-    return stop, evaluate_now, save, log
+    return evaluate_now, save, log
 
 
 def loop(run, announce_signals):
@@ -472,12 +499,14 @@ def loop(run, announce_signals):
     c = run.c
     first_step = logged_step = run.step
     stopwatch = Stopwatch()
-    saved_at = time.monotonic()
+    save_by = time.monotonic() + 60 * c.checkpoint_minutes
+    # Signals and clocks differ between processes, so all decide together: if one saved while
+    # another trained on, both would wait forever.
+    any_rank = AnyRank()
     with StopSignals(announce_signals) as signals:
         while True:   # a new run begins with an evaluation at step 0
-            minutes = (time.monotonic() - saved_at) / 60
-            stop, evaluate_now, save, log = what_is_due(
-                run.step, c, signals.received is not None, minutes)
+            stop, overdue = any_rank(signals.received is not None, time.monotonic() > save_by)
+            evaluate_now, save, log = what_is_due(run.step, c, stop, overdue)
             if log or save:
                 loss = checked_loss(run)   # before the pause: it waits for the GPU's last steps
                 stopwatch.pause()
@@ -490,12 +519,13 @@ def loop(run, announce_signals):
                     evaluate_and_keep_best(run)
                 if save and run.step > first_step:
                     run.save("ckpt.pt")
-                    saved_at = time.monotonic()
+                    save_by = time.monotonic() + 60 * c.checkpoint_minutes
                 if stop:
                     return signals.received or "a signal"   # which another process received
                 if run.step >= c.max_iters:
                     return None
                 stopwatch.resume()
+            any_rank.send(signals.received is not None, time.monotonic() > save_by)
             run.loss, run.norm = train_step(run.step, run.net, run.optimizers, run.train_data, c,
                                             run.place)
             run.step += 1
@@ -517,6 +547,7 @@ def evaluate_and_keep_best(run):
     if val_loss < run.best_val_loss:
         run.best_val_loss = val_loss
         run.save("best.pt")
+        run.saved_best_at = run.step
 
 
 def train(asked, gpt_config, given, argv, group):
@@ -542,6 +573,7 @@ def train(asked, gpt_config, given, argv, group):
 
 def show_sample(run):
     """A first text from the best checkpoint, which is whole even if the model is sharded"""
+    disable_cudnn_attention()
     tokenizer = Tokenizer(run.tokenizer_spec)
     model = GPT.from_pretrained(checkpoint_of_run(run.c.out_dir)).to(run.place.device)
     start = torch.tensor([[tokenizer.start]], device=run.place.device)

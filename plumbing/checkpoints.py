@@ -7,13 +7,14 @@ checkpoint from any of them can be loaded by any other, with any number of proce
 
 import pickle
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
 
 from plumbing.errors import InputError, first_line
-from plumbing.files import replacing
+from plumbing.files import give_second_name, replacing
 
 KEYS = {   # of a checkpoint, with the types of their values
     "model": dict,           # {name of a parameter: tensor}
@@ -54,9 +55,21 @@ def save_checkpoint(path, model, optimizers, train_config, step, best_val_loss, 
         "best_val_loss": best_val_loss,
         "tokenizer": tokenizer_spec,
     }
+    with as_save_error(path), replacing(path) as f:
+        torch.save(checkpoint, f)
+
+
+def save_again(path, name):
+    """The checkpoint just saved at path, under another name too: no byte is written twice."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        with as_save_error(name):
+            give_second_name(path, name)
+
+
+@contextmanager
+def as_save_error(path):
     try:
-        with replacing(path) as f:
-            torch.save(checkpoint, f)
+        yield
     except (OSError, RuntimeError) as e:   # torch reports a full disk as either
         raise InputError(
             f"cannot save {path} ({first_line(e)}): what was there before is untouched; once the "

@@ -14,13 +14,16 @@ from plumbing.processes import all_reduce
 # Dense bfloat16 FLOPs per second, by data sheet; a longer name stands before its prefix. A device
 # that is not listed gets no MFU rather than a wrong one.
 PEAK_FLOPS = {
+    "GB200": 2500e12,
     "B200": 2250e12,
+    "GH200": 989e12,
     "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
+    "L40S": 362e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
     "L4": 121e12,
@@ -135,6 +138,15 @@ def choose_attention_kernel(device, bf16, length):
     """
     slow = device.type == "cpu" and bf16 and length < 256
     torch.backends.cuda.enable_flash_sdp(not slow)   # despite its name this covers CPUs too
+
+
+def disable_cudnn_attention():
+    """
+    On GPUs torch prefers cuDNN's attention. With some masks its gradients are NaN
+    (pytorch/pytorch#196678), and for every new length of the cache it prepares anew, which takes
+    about 40 ms (pytorch/pytorch#191576).
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def to_device(tensors, device):

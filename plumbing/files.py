@@ -28,6 +28,23 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+def give_second_name(path, name):
+    """
+    Make name refer to the file at path, in place of what it refers to now. Where the disk has no
+    hard links it is a copy.
+    """
+    temporary = Path(f"{name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        with open(path, "rb") as original, replacing(name) as copy:
+            shutil.copyfileobj(original, copy, 1 << 20)
+        return
+    os.replace(temporary, name)
+    temporary.unlink(missing_ok=True)   # it stays if name referred to that file already
+
+
 def sha256(paths):
     """The SHA-256 of the files' concatenation, in hexadecimal."""
     digest = hashlib.sha256()

@@ -3,7 +3,6 @@ Trained weights from Hugging Face folders or the Hub, from the released GPT-2, f
 checkpoints and from nanoGPT's; and Hugging Face folders for transformers to read.
 """
 
-import sys
 from pathlib import Path
 
 from plumbing.architectures import (
@@ -159,11 +158,16 @@ def save_pretrained(folder, config, parameters, tokenizer_spec):
     raises       InputError for a model that is none of ARCHITECTURES
     """
     tensors = {name: p.detach() for name, p in parameters.items()}
+    tokenizer = Tokenizer(tokenizer_spec) if tokenizer_spec else None
+    if tokenizer and tokenizer.vocab_size < config["vocab_size"]:   # padded for training
+        config = config | {"vocab_size": tokenizer.vocab_size}
+        for name in ("wte.weight", "lm_head.weight"):
+            if name in tensors:
+                tensors[name] = tensors[name][:tokenizer.vocab_size]
     table = table_for(config, tensors)
     if not config["bias"]:
         add_zero_biases(tensors, (".c_", "ln_"))
     hf = config_json(config, table)
-    tokenizer = Tokenizer(tokenizer_spec) if tokenizer_spec else None
     # The ids that begin and end a text: what generates from an empty prompt begins with the first.
     start = end = 50256 if config["vocab_size"] == 50257 else None   # as transformers assumes
     if tokenizer:
@@ -178,6 +182,6 @@ def save_pretrained(folder, config, parameters, tokenizer_spec):
         write_tokenizer(folder, tokenizer, config["block_size"])
     else:
         print(f"note: {folder} has no tokenizer, because none is known for this model: other "
-              "programs need one to read and write text", file=sys.stderr)
+              "programs need one to read and write text")
     write_json(folder / "generation_config.json", ids)
     write_json(folder / "config.json", hf | ids)

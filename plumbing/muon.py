@@ -90,7 +90,8 @@ def orthogonalize_sharded(params, shards):
     orthogonalises it whole, and a second all-to-all takes the rows back. With N = 2 and matrices
     0, 1, 2 in the order of their sizes, process 0 owns 0 and 2, process 1 owns 1.
     """
-    group = params[0].device_mesh.get_group()
+    mesh = params[0].device_mesh
+    group = mesh.get_group(mesh.ndim - 1)   # on several machines, each works for itself
     N, rank = dist.get_world_size(group), dist.get_rank(group)
     sizes = [shard_sizes(p.shape, N) for p in params]       # sizes[i][r]: of matrix i on process r
     by_size = sorted(range(len(params)), key=lambda i: params[i].numel())

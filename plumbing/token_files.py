@@ -102,7 +102,8 @@ class Data:
     """
     One split of a prepared dataset as n sequences of block_size+1 tokens: block_size inputs, each
     with the token that follows it. A sequence is read from its file when it is asked for, so memory
-    does not grow with the data.
+    does not grow with the data. (Not by a memory map: if the file is cut during the run, that ends
+    the process without a word.)
     """
 
     def __init__(self, folder, meta, split, block_size, seed):
@@ -111,6 +112,7 @@ class Data:
         self.seed = seed
         self.epoch = None   # of which order and shift are known
         self.files = list(meta[split].items())   # [(name, number of tokens)]
+        self.opened = {}                         # name: file, once it is needed
         self.dtype = np.dtype(meta["dtype"])
         self.vocab_size = meta["vocab_size"]
         self.header_bytes = meta["header_bytes"]
@@ -161,20 +163,26 @@ class Data:
         """
         file = int(np.searchsorted(self.first_sequence, i, side="right")) - 1
         name, tokens = self.files[file]
-        path = self.folder / name
         start = (i - self.first_sequence[file]) * self.block_size + int(shift * tokens)
-        ids = self.read(path, start % tokens, self.block_size + 1)
-        missing = self.block_size + 1 - len(ids)
-        if missing:   # the file ended
-            ids = np.append(ids, self.read(path, 0, missing))
+        start = int(start % tokens)
+        end = start + self.block_size + 1
+        ids = self.read(name, start, min(end, tokens))
+        if end > tokens:
+            ids = np.append(ids, self.read(name, 0, end - tokens))
         if ids.max() >= self.vocab_size:   # on a GPU this would be a read out of range
             raise InputError(
-                f"{path} holds the id {ids.max()}, its vocabulary ends at {self.vocab_size - 1}: "
-                f"{PREPARE_AGAIN}"
+                f"{self.folder / name} holds the id {ids.max()}, its vocabulary ends at "
+                f"{self.vocab_size - 1}: {PREPARE_AGAIN}"
             )
         return ids
 
-    def read(self, path, start, count):
-        """The ids from start on: count of them, or as many as the file has left."""
-        offset = self.header_bytes + start * self.dtype.itemsize
-        return np.fromfile(path, self.dtype, count=count, offset=offset)
+    def read(self, name, start, end):
+        """The ids of a file from start to end"""
+        if name not in self.opened:
+            self.opened[name] = open(self.folder / name, "rb", buffering=0)
+        size = (end - start) * self.dtype.itemsize
+        self.opened[name].seek(self.header_bytes + start * self.dtype.itemsize)
+        raw = self.opened[name].read(size)
+        if len(raw) < size:
+            raise InputError(f"{self.folder / name} has become shorter: {PREPARE_AGAIN}")
+        return np.frombuffer(raw, self.dtype)

@@ -6,6 +6,7 @@ import http.server
 import io
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,19 @@ def torchrun(script, *argv, n=2, options=("--standalone",), cwd=None):
     """Start a script in n processes, as a user would."""
     command = [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc_per_node={n}"]
     return open_process([*command, str(script), *argv], cwd)
+
+
+def start_machines(script, *argv, n, folders=(".", ".")):
+    """Two launches of torchrun, which meet as two machines of n processes each, to their ends."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    options = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}",
+               "--rdzv_id=7")
+    both = [torchrun(script, *argv, n=n, options=options, cwd=folder) for folder in folders]
+    for process in both:
+        process.out = finish(process)[0]
+    return both
 
 
 def open_process(command, cwd=None):

@@ -84,8 +84,10 @@ def test_processes_of_torchrun_may_not_all_ask_for_one_GPU(two_gpus, monkeypatch
     ("NVIDIA GeForce RTX 4090 D", None),
     ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
     ("NVIDIA GeForce RTX 3090 Ti", None),
-    ("NVIDIA GH200 480GB", None),
-    ("NVIDIA L40S", None),
+    ("NVIDIA GH200 480GB", 989e12),
+    ("NVIDIA GB200", 2500e12),
+    ("NVIDIA L40S", 362e12),
+    ("NVIDIA L40", None),
     ("Tesla T4", None),
 ])
 def test_peak_is_that_of_the_very_device_or_unknown(name, flops):

@@ -6,7 +6,6 @@ words. Gloo on this machine's CPU, started by torchrun as a user would. every_mo
 import json
 import re
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ from helpers import (
     prepare_tiny,
     same_course,
     same_state,
+    start_machines,
     torchrun,
     val_losses,
     without,
@@ -126,20 +126,12 @@ def test_settings_of_rank_0_are_those_of_all(run_of_two):
 
 @pytest.mark.slow
 def test_two_launches_meet_as_two_machines_with_disks_of_their_own():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    options = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}",
-               "--rdzv_id=7")
-    both = []
     for machine in ("a", "b"):
         Path(machine).mkdir()
         shutil.copy("text.txt", machine)
-        both.append(torchrun(PROGRAMS / "slow_preparation.py", *LONGER, n=1, options=options,
-                             cwd=machine))
-    outs = [finish(process)[0] for process in both]
+    both = start_machines(PROGRAMS / "slow_preparation.py", *LONGER, n=1, folders=("a", "b"))
     assert [process.returncode for process in both] == [0, 0], both[0].err + both[1].err
-    first = "a" if "python sample.py --out_dir=out" in outs[0] else "b"
+    first = "a" if "python sample.py --out_dir=out" in both[0].out else "b"
     second = "b" if first == "a" else "a"
     assert Path(first, "prepared.txt").read_text() == "0"
     assert Path(second, "prepared.txt").read_text() == "1"   # each machine has data of its own
