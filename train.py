@@ -45,6 +45,7 @@ from plumbing.device import (
     choose_device,
     compiler_problem,
     disable_cudnn_attention,
+    padded,
     to_device,
 )
 from plumbing.errors import InputError, as_input_error, run_script
@@ -193,16 +194,6 @@ def build_model(start, checkpoint, asked, given, meta):
     if not from_scratch:
         check_tokenizer(model.tokenizer_spec, model.config.vocab_size, meta, start)
     return model.train()
-
-
-def padded(vocab_size):
-    """
-    GPUs multiply fast only if rows have a multiple of 64 numbers, and the head is a third of all
-    products: a new model has ids that no text contains. Samples and exports do not show them.
-    """
-    if vocab_size < 1024:
-        return vocab_size
-    return 64 * math.ceil(vocab_size / 64)
 
 
 def check_shape(have, want, path):

@@ -60,12 +60,13 @@ def fill(model, n, B=1):
     for layer in cache.layers:
         _, K, _, D = layer.k.shape
         for pos in torch.arange(n, device=layer.k.device).split(512):
-            k, v = torch.randn(2, B, K, len(pos), D, device=layer.k.device)
+            k, v = torch.randn(2, B, K, len(pos), D, device=layer.k.device, dtype=layer.k.dtype)
             layer.write(k, v, pos)
         in_use = layer.pos >= 0
         held += layer.k[:, :, in_use].nbytes + layer.v[:, :, in_use].nbytes
     cache.length = n
-    assert held == B * cache_bytes(model.config, n), "the formula is wrong"
+    itemsize = model.wte.weight.dtype.itemsize
+    assert held == B * cache_bytes(model.config, n, itemsize), "the formula is wrong"
     return cache
 
 
@@ -112,11 +113,14 @@ def measure_training(configs, T, device, bf16):
 
 @torch.no_grad()
 def measure_inference(configs, n, batch_sizes, device):
-    """A prompt of n tokens, and one more token after n, for each batch size"""
+    """
+    A prompt of n tokens, and one more token after n, for each batch size; in bfloat16 on CUDA
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     models = {}
     for name, config in configs.items():
         longer = replace(config, block_size=n + 64)   # room for the tokens that are decoded, too
-        models[name] = GPT(longer).to(device).eval()
+        models[name] = GPT(longer).to(device, dtype).eval()
 
     def prefill(model):
         return lambda: model.hidden(prompt, model.new_cache(1))
@@ -136,9 +140,15 @@ def measure_inference(configs, n, batch_sizes, device):
     return measured
 
 
-def measure_models(configs, device, bf16):
+def measure_models(configs, device, bf16, tiny):
     """-> the measurements, and which model they were made with"""
-    if device.type == "cuda":
+    if tiny:
+        T, contexts = 32, (16, 32)
+        size = "one block of 48 channels"
+        configs = {
+            name: replace(c, n_layer=1, n_embd=48, vocab_size=64) for name, c in configs.items()
+        }
+    elif device.type == "cuda":
         T, contexts = 4096, (256, 1024, 4096, 16384, 32768)
         size = "GPT-2 124M"
     else:
@@ -184,7 +194,8 @@ def print_measured(measured, size, bf16):
     dtype = "bfloat16" if bf16 else "float32"
     title = (
         f"ratio to {BASE}: tokens/s (smallest to largest), {size}; training in {dtype}, batch 1, "
-        "the rest in float32; memory above parameters and optimizer state"
+        "the rest in float32 (on CUDA all in bfloat16, and training compiled); memory above "
+        "parameters and optimizer state"
     )
     for decoding in (False, True):
         columns = []
@@ -256,11 +267,11 @@ def measure_attention(T):
     }
 
 
-def attention():
+def attention(lengths=LENGTHS):
     """Time and memory of full, masked and blocked attention by the length of the text"""
     measured = {}
     rows = {}
-    for T in LENGTHS:
+    for T in lengths:
         measured |= measure_attention(T)
         forward = measured["attention forward", T]
         both = measured["attention", T]
@@ -316,17 +327,20 @@ def write_csv(measured, line):
                 print(what, name, T, *(f"{x:.6g}" for x in numbers), sep=",", file=f)
 
 
-def variants(files, keep):
-    """Tables of all variants and of the models in these config files; keep: write variants.csv"""
+def variants(files, keep, tiny):
+    """
+    Tables of all variants and of the models in these config files.
+    keep: write variants.csv. tiny: of a tiny model, to see that it works
+    """
     device, bf16, line = machine()
     print(line)
     configs = {name: GPTConfig(**switches) for name, switches in VARIANTS.items()}
     for file in files:
         configs[file] = train.load_config([file])[1]
     print_formulas(configs)
-    measured, size = measure_models(configs, device, bf16)
+    measured, size = measure_models(configs, device, bf16, tiny)
     print_measured(measured, size, bf16)
-    measured |= attention()
+    measured |= attention([64] if tiny else LENGTHS)
     if keep:
         write_csv(measured, line)
 
@@ -341,12 +355,12 @@ def main(argv):
         cpu_only()
         endless()
         return
-    files = [word for word in argv if word != "--csv"]
+    files = [word for word in argv if word not in ("--csv", "--tiny")]
     for file in files:
         if not file.endswith(".py"):
             raise InputError(
                 f"cost {' '.join(argv)}: {file} is no config file (.py); cost takes config files "
-                "and --csv, or attention or endless by itself"
+                "and --csv or --tiny, or attention or endless by itself"
             )
     print_versions()
-    variants(files, keep="--csv" in argv)
+    variants(files, keep="--csv" in argv, tiny="--tiny" in argv)

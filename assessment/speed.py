@@ -31,6 +31,7 @@ from assessment.measure import (
     training_step,
 )
 from model import GPT, GPTConfig
+from plumbing.device import disable_cudnn_attention
 from plumbing.errors import InputError
 from prepare_data import prepare, prepare_text
 
@@ -43,6 +44,7 @@ SHAPES = {   # batch size, tokens, steps timed together, and the fields of both 
     }),
     "GPT-2 124M, 2 x 512": (2, 512, 1, {"vocab_size": 50304, "bias": False}),
 }
+TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 32, "vocab_size": 65, "bias": False}
 
 
 def nanogpt_model(folder, shape):
@@ -62,17 +64,20 @@ def repeated(f, n):
     return run
 
 
-def steps(nanogpt):
+def steps(nanogpt, tiny):
     """A training step beside nanoGPT's, and of long texts with and without the switches"""
     device, bf16, line = machine()
     print(line)
-    for name, (B, T, n, shape) in SHAPES.items():
+    shapes = {"a tiny model": (2, 32, 1, TINY)} if tiny else SHAPES
+    for name, (B, T, n, shape) in shapes.items():
         runs = {"plainGPT": training_step(GPT(GPTConfig(**shape)), B, T, device, bf16)}
         if nanogpt:
             runs["nanoGPT"] = nanogpt_step(nanogpt_model(nanogpt, shape), B, T, device, bf16)
         taken = times({run: repeated(step, n) for run, step in runs.items()}, repeat=5)
         print(f"a training step, {name}")
         print_times({run: [s / n for s in seconds] for run, seconds in taken.items()})
+    if tiny:
+        return
 
     T = 4096
     print(f"a training step, GPT-2 124M, 1 x {T:,}; memory above parameters and optimizer state")
@@ -130,9 +135,11 @@ def seconds_until(reached, folder, command):
     )
 
 
-def start(nanogpt):
+def start(nanogpt, tiny):
     """Seconds from the command to the first step, and to the loss nanoGPT's recipe ends with"""
     cpu_only()
+    if tiny:
+        raise InputError("speed start times whole commands, which are not made tiny")
     if not Path(ROOT, "data/shakespeare/meta.json").exists():
         prepare("shakespeare", ROOT / "data")
     ours = ["train.py", "config/shakespeare.py"]
@@ -159,35 +166,36 @@ def start(nanogpt):
 NEW_TOKENS = 256
 
 
-def transformers_run(idx, dtype):
+def transformers_run(idx, dtype, config, n):
     """{name: greedy generation by transformers}, empty if it is not installed"""
     try:
         import transformers
     except ImportError:
         print("transformers is not installed: no comparison")
         return {}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval().to(dtype)
+    theirs = transformers.GPT2Config(n_layer=config.n_layer, n_embd=config.n_embd)
+    model = transformers.GPT2LMHeadModel(theirs).eval().to(idx.device, dtype)
 
     def run():
         model.generate(
             idx, attention_mask=torch.ones_like(idx), do_sample=False,
-            max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
+            max_new_tokens=n, min_new_tokens=n,
         )
     return {f"transformers {transformers.__version__}": run}
 
 
-def generation(bytes_per_second):
+def generation(bytes_per_second, device, config, n):
     """tokens/s of a whole generation, and its share of what reading the weights alone allows"""
-    idx = torch.randint(50257, (1, 16))
+    idx = torch.randint(50257, (1, 16), device=device)
     for dtype in (torch.float32, torch.bfloat16):
-        model = GPT(GPTConfig()).eval().to(dtype)
-        runs = {"plainGPT": lambda m=model: m.generate(idx, NEW_TOKENS, temperature=0)}
-        taken = times(runs | transformers_run(idx, dtype), repeat=3)
+        model = GPT(config).eval().to(device, dtype)
+        runs = {"plainGPT": lambda m=model: m.generate(idx, n, temperature=0)}
+        taken = times(runs | transformers_run(idx, dtype, config, n), repeat=3)
         last = list(taken.values())[-1]
         limit = bytes_per_second / (model.num_params() * dtype.itemsize)
         dtype_name = str(dtype).removeprefix("torch.")
         for name, seconds in taken.items():
-            speeds = [NEW_TOKENS / s for s in seconds]
+            speeds = [n / s for s in seconds]
             share = statistics.median(speeds) / limit
             print(
                 f"  {dtype_name:9}{name:22} {spread(speeds, '.1f', ' tokens/s')}, {share:.0%}, "
@@ -195,13 +203,13 @@ def generation(bytes_per_second):
             )
 
 
-def one_more_token(title, cases):
+def one_more_token(title, cases, device):
     """cases: {name: (tokens in the cache, batch size, switches)}"""
     runs = {}
     for name, (n, B, switches) in cases.items():
-        model = GPT(GPTConfig(block_size=n + 64, **switches)).eval()
+        model = GPT(GPTConfig(block_size=n + 64, **switches)).eval().to(device)
         cache = fill(model, n, B)
-        token = torch.randint(50257, (B, 1))
+        token = torch.randint(50257, (B, 1), device=device)
         runs[name] = lambda m=model, c=cache, t=token: m(t, cache=c)
     taken = times(runs, repeat=25)
     print(title)
@@ -209,26 +217,32 @@ def one_more_token(title, cases):
 
 
 @torch.no_grad()
-def decode():
+def decode(tiny):
     """tokens/s of generation beside transformers, and with fewer key/value heads"""
-    cpu_only()
+    device, _, line = machine()
+    print(line)
+    disable_cudnn_attention()   # as sample.py does
     torch.manual_seed(0)
-    weights = torch.ones(124_439_808)
+    config = GPTConfig(n_layer=1, n_embd=48) if tiny else GPTConfig()
+    n = 8 if tiny else NEW_TOKENS
+    weights = torch.ones(10**6 if tiny else 124_439_808, device=device)
     taken = times({"read": weights.sum}, repeat=9)["read"]
     bytes_per_second = weights.nbytes / min(taken)
     print(
         f"reading memory: {bytes_per_second / 1e9:.1f} GB/s. GPT-2 124M, greedy, a prompt of 16 "
-        f"tokens, {NEW_TOKENS} new ones; share of what reading the weights alone would allow"
+        f"tokens, {n} new ones; share of what reading the weights alone would allow"
     )
-    generation(bytes_per_second)
+    generation(bytes_per_second, device, config, n)
+    if tiny:
+        return
     one_more_token("one more token, batch 8, after 4,096, float32", {
         "grouped": (4096, 8, GQA),
         "multi_head": (4096, 8, {}),
-    })
+    }, device)
     one_more_token("one more token, RoPE and W = 256, batch 1", {
         "after 512": (512, 1, ROPE | SWA),
         "after 4,096": (4096, 1, ROPE | SWA),
-    })
+    }, device)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -298,9 +312,11 @@ def bytes_held(mode, flags, folder):
     )
 
 
-def processes():
+def processes(tiny):
     """train.py alone, as DDP and as FSDP: tokens/s, and the bytes that the first process holds"""
     cpu_only()
+    if tiny:
+        raise InputError("speed processes times whole commands, which are not made tiny")
     with tempfile.TemporaryDirectory() as folder:
         sources = [*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")]
         prepare_text(Path(folder, "data/text"), sources, "char")
@@ -329,6 +345,7 @@ BESIDE_NANOGPT = ("steps", "start")
 def main(argv):
     parts = []
     nanogpt = None
+    tiny = False
     for word in argv:
         if word.startswith("--nanogpt="):
             nanogpt = Path(word.removeprefix("--nanogpt=")).resolve()
@@ -336,6 +353,8 @@ def main(argv):
                 raise InputError(f"{word}: no model.py there; give a clone of nanoGPT's repository")
         elif word in PARTS:
             parts.append(word)
+        elif word == "--tiny":
+            tiny = True
         else:
             raise InputError(
                 f"speed {word}: unknown; choose from {', '.join(PARTS)}, or name none to run all; "
@@ -344,6 +363,6 @@ def main(argv):
     print_versions()
     for part in parts or PARTS:
         if part in BESIDE_NANOGPT:
-            PARTS[part](nanogpt)
+            PARTS[part](nanogpt, tiny)
         else:
-            PARTS[part]()
+            PARTS[part](tiny)

@@ -13,4 +13,4 @@ micro_batch_size = 8
 max_iters = 9537         # 10 billion tokens
 learning_rate = 2e-4     # the same table
 warmup_iters = 350
-checkpoint_activations = True   # a third more arithmetic for a fraction of the memory
+# On GPUs with less than 80 GB: checkpoint_activations = True, or a smaller micro_batch_size

@@ -140,6 +140,17 @@ def choose_attention_kernel(device, bf16, length):
     torch.backends.cuda.enable_flash_sdp(not slow)   # despite its name this covers CPUs too
 
 
+def padded(vocab_size):
+    """
+    GPUs multiply fast only if rows have a multiple of 64 numbers, and the head is a third of all
+    products: so a new model has some ids that no text contains. Samples and exports never show
+    them.
+    """
+    if vocab_size < 1024:
+        return vocab_size
+    return 64 * math.ceil(vocab_size / 64)
+
+
 def disable_cudnn_attention():
     """
     On GPUs torch prefers cuDNN's attention. With some masks its gradients are NaN

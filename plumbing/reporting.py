@@ -127,3 +127,5 @@ def log_end(run):
     curve = [float(row["val_loss"]) for row in run.metrics.rows if row["val_loss"]]
     print(f"\nvalidation loss from {curve[0]:.2f} to {curve[-1]:.4f} {sparkline(curve)}, the best "
           f"{run.best_val_loss:.4f}, in {clock(run.metrics.elapsed())}\n")
+    if run.place.device.type == "cuda":
+        print(f"peak memory of this GPU: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB\n")

@@ -14,6 +14,7 @@ import sample
 import train
 from model import GPT, GPTConfig, attend_in_blocks, attend_with_flash, visible
 from plumbing import processes
+from plumbing.device import padded
 from plumbing.files import give_second_name
 from plumbing.processes import AnyRank, Group, wait_until
 from plumbing.tokenizer import Tokenizer
@@ -93,7 +94,7 @@ def test_cuDNNs_attention_is_off_with_windows_and_while_sampling(cudnn, monkeypa
     (17, 17), (1023, 1023), (1024, 1024), (1025, 1088), (50257, 50304), (50304, 50304),
 ])
 def test_new_models_have_a_vocabulary_that_GPUs_multiply_fast(n, expected):
-    assert train.padded(n) == expected
+    assert padded(n) == expected
 
 
 def test_padded_vocabulary_trains_and_shows_in_neither_samples_nor_exports(capsys):
