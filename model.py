@@ -239,6 +239,19 @@ class KVCache:
 # ----------------------------------------------------------------------------------------------
 # The model
 
+class Linear(nn.Linear):
+    """
+    nn.Linear, faster for a single token: as a product with a vector, CPUs read bfloat16 weights
+    up to 1.6 times as fast as in (1,1,C).
+    """
+
+    def forward(self, x):
+        if x.numel() == self.in_features:
+            y = F.linear(x.view(-1), self.weight, self.bias)
+            return y.view(*x.shape[:-1], -1)
+        return F.linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     """
     Causal self-attention: each token attends to itself and the tokens before it.
@@ -254,8 +267,8 @@ class Attention(nn.Module):
         self.window = window
         self.dropout = config.dropout
         # one projection for q, k and v; the names are those of GPT-2's checkpoint
-        self.c_attn = nn.Linear(config.n_embd, (self.H + 2 * self.K) * self.D, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, (self.H + 2 * self.K) * self.D, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, pos, layer_cache=None):
         B, T, C = x.shape
@@ -294,8 +307,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x):
         x = F.gelu(self.c_fc(x), approximate="tanh")   # as in GPT-2; exact GELU is up to 5e-4 off
@@ -350,7 +363,7 @@ class GPT(nn.Module):
             self.wpe = nn.Embedding(config.block_size, config.n_embd)   # position embedding
         self.h = nn.ModuleList(Block(config, window) for window in config.windows)
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.wte.weight                       # GPT 2018, section 3.1
         for name, p in self.named_parameters():
