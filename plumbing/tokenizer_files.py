@@ -181,7 +181,7 @@ def write_tokenizer(folder, tokenizer, max_length):
         data = tokenizer_json_of_byte_pairs(tokenizer)
         if tokenizer.end is not None:
             end = tokenizer.token_bytes(tokenizer.end).decode()
-            settings |= {"bos_token": end, "eos_token": end}
+            settings |= {"bos_token": end, "eos_token": end, "unk_token": end}   # as GPT-2's own
     data = {"version": "1.0", "truncation": None, "padding": None} | data
     write_json(Path(folder) / "tokenizer.json", data)
     write_json(Path(folder) / "tokenizer_config.json", settings)

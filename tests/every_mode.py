@@ -64,7 +64,7 @@ def whole(mode, n, out_dir, *more):
 
 
 def half(mode, n, out_dir, *more):
-    return [*whole(mode, n, out_dir, *more), "--max_iters=15"]
+    return [*whole(mode, n, out_dir, *more), "--max_iters=10"]
 
 
 def resumed(mode, n, out_dir, *more):

@@ -31,7 +31,7 @@ TINY = [
 ]
 SWITCHES = ["--use_rope", "--use_gqa", "--n_kv_head=1", "--use_swa", "--window_size=3"]
 LONGER = [
-    *TINY, *SWITCHES, "--batch_size=12", "--max_iters=30", "--lr_decay_iters=30",
+    *TINY, *SWITCHES, "--batch_size=12", "--max_iters=20", "--lr_decay_iters=20",
     "--learning_rate=3e-3", "--eval_interval=10", "--log_interval=1",
 ]
 

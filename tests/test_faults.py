@@ -36,12 +36,16 @@ def test_out_dir_that_cannot_be_written_is_one_clear_line():
 
 
 @needs_full_disk
-def test_full_disk_leaves_the_previous_checkpoint_whole():
+@pytest.mark.parametrize("name, flag", [
+    ("best", "--eval_interval=6"),   # ckpt.pt would be the same file
+    ("ckpt", "--checkpoint_interval=1"),
+])
+def test_full_disk_leaves_the_previous_checkpoint_whole(name, flag):
     train.main([*TINY, "--max_iters=6"])
     before = Path("out/ckpt.pt").read_bytes()
-    Path("out/ckpt.pt.tmp").symlink_to("/dev/full")
-    fails(train, *TINY, "--init_from=resume", match="cannot save out.ckpt.pt .*untouched")
-    assert Path("out/ckpt.pt").read_bytes() == before
+    Path(f"out/{name}.pt.tmp").symlink_to("/dev/full")
+    fails(train, *TINY, "--init_from=resume", flag, match=f"cannot save out.{name}.pt .*untouched")
+    assert Path("out/ckpt.pt").read_bytes() == Path("out/best.pt").read_bytes() == before
     assert checkpoint()["step"] == 6
 
 

@@ -62,9 +62,9 @@ def test_what_goes_wrong_on_one_rank_ends_all_with_its_one_line(fault, flags, ma
 def test_full_disk_on_rank_0_ends_all_and_leaves_the_previous_checkpoint_whole():
     train.main([*TINY, "--max_iters=6"])
     before = Path("out/ckpt.pt").read_bytes()
-    Path("out/ckpt.pt.tmp").symlink_to("/dev/full")
+    Path("out/best.pt.tmp").symlink_to("/dev/full")   # of ckpt.pt too, the same file
     process = torchrun(HERE / "train.py", *TINY, "--init_from=resume")
-    fails_at_once(process, "error: cannot save out.ckpt.pt .*untouched")
+    fails_at_once(process, "error: cannot save out.best.pt .*untouched")
     assert Path("out/ckpt.pt").read_bytes() == before
 
 
