@@ -111,6 +111,15 @@ def visible(query_pos, key_pos, window):
 # ----------------------------------------------------------------------------------------------
 # Attention
 
+def copy_heads(x, H):
+    """
+    Each key/value head once for every query head that reads it: (B,K,S,D) -> (B,H,S,D). Copies,
+    because not every fused kernel accepts fewer key/value heads (enable_gqa=True).
+    """
+    G = H // x.shape[1]
+    return x.repeat_interleave(G, dim=1) if G > 1 else x
+
+
 def attend(q, k, v, mask=None, causal=False, dropout=0.0):
     r"""
     softmax(q k' / sqrt(D)) v: q (B,H,T,D), k and v (B,K,S,D) -> (B,H,T,D).
@@ -127,16 +136,12 @@ def attend(q, k, v, mask=None, causal=False, dropout=0.0):
     """
     B, H, T, D = q.shape
     K = k.shape[1]
-    G = H // K
     if T == 1 and mask is None:
         # One query sees every key. The G heads of a group become G queries of their key/value
         # head, so that no key is copied: (B,H,1,D) -> (B,K,G,D).
-        y = F.scaled_dot_product_attention(q.reshape(B, K, G, D), k, v, dropout_p=dropout)
+        y = F.scaled_dot_product_attention(q.reshape(B, K, H // K, D), k, v, dropout_p=dropout)
         return y.reshape(B, H, T, D)
-    if G > 1:
-        # Copies, because not every fused kernel accepts fewer key/value heads (enable_gqa=True).
-        k = k.repeat_interleave(G, dim=1)   # (B,H,S,D)
-        v = v.repeat_interleave(G, dim=1)
+    k, v = copy_heads(k, H), copy_heads(v, H)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
 
 
@@ -148,7 +153,9 @@ def attend_in_blocks(q, k, v, window, dropout=0.0):
     The sequence is split into blocks of W tokens. Everything that a block may see lies in the
     block itself and the one before it (Longformer, section 3.2: "chunks").
     """
-    if q.device.type == "cuda" and q.dtype == torch.bfloat16 and dropout == 0:
+    H, D = q.shape[1], q.shape[3]
+    k, v = copy_heads(k, H), copy_heads(v, H)                    # (B,H,T,D)
+    if HAS_FLASH and q.is_cuda and q.dtype == torch.bfloat16 and D % 8 == 0 and dropout == 0:
         return attend_with_flash(q, k, v, window)
     # split, not k[:, :, a:b] in the loop: the gradient of each such slice would be a tensor of the
     # whole length T, zero almost everywhere.
@@ -164,19 +171,21 @@ def attend_in_blocks(q, k, v, window, dropout=0.0):
     return torch.cat(y, dim=2)
 
 
+HAS_FLASH = torch.backends.cuda.is_flash_attention_available()
+
+
 def attend_with_flash(q, k, v, window):
     """
-    The same on GPUs: flash attention (Dao 2023), which skips what is out of sight. It wants the
-    sequences of the batch one after the other and where each begins: (B*T,H,D).
+    The same on GPUs by flash attention (Dao 2023), which skips keys outside the window:
+    q, k and v (B,H,T,D) -> (B,H,T,D). It takes the sequences of the batch in a row, (B*T,H,D), and
+    the positions where one ends and the next begins.
     """
-    from torch.nn.attention.varlen import varlen_attn  # here, as it is for some GPUs only
+    from torch.nn.attention.varlen import varlen_attn  # imported here: CPUs do not need it
 
     B, H, T, D = q.shape
-    k = k.repeat_interleave(H // k.shape[1], dim=1)     # (B,H,T,D)
-    v = v.repeat_interleave(H // v.shape[1], dim=1)
     q, k, v = (x.transpose(1, 2).reshape(B * T, H, D) for x in (q, k, v))
-    begins = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
-    y = varlen_attn(q, k, v, begins, begins, T, T, window_size=(window - 1, 0))
+    bounds = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
+    y = varlen_attn(q, k, v, bounds, bounds, T, T, window_size=(window - 1, 0))
     return y.view(B, T, H, D).transpose(1, 2)
 
 
@@ -196,8 +205,7 @@ class LayerCache:
     """
 
     def __init__(self, shape, device, dtype):
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.k, self.v = torch.zeros(2, *shape, device=device, dtype=dtype)
         self.pos = torch.full((shape[2],), -1, device=device)
         self.length = 0   # tokens seen so far, evicted ones included
 
@@ -228,28 +236,20 @@ class KVCache:
         self.layers = [LayerCache((batch_size, K, W or config.block_size, D), device, dtype)
                        for W in config.windows]
 
-    def reset(self):
-        """Forget everything."""
-        self.length = 0
-        for layer in self.layers:
-            layer.length = 0
-            layer.pos.fill_(-1)
-
 
 # ----------------------------------------------------------------------------------------------
 # The model
 
 class Linear(nn.Linear):
     """
-    nn.Linear, faster for a single token: as a product with a vector, CPUs read bfloat16 weights
-    up to 1.6 times as fast as in (1,1,C).
+    nn.Linear with a shortcut for a single token: some CPUs multiply a bfloat16 matrix by a vector
+    (C,) up to 1.6 times as fast as by the same numbers as (1,1,C).
     """
 
     def forward(self, x):
-        if x.numel() == self.in_features:
-            y = F.linear(x.view(-1), self.weight, self.bias)
-            return y.view(*x.shape[:-1], -1)
-        return F.linear(x, self.weight, self.bias)
+        if x.numel() == self.in_features and not x.is_cuda:
+            return super().forward(x.view(-1)).view(*x.shape[:-1], -1)
+        return super().forward(x)
 
 
 class Attention(nn.Module):
@@ -392,7 +392,9 @@ class GPT(nn.Module):
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return None if loss_only else logits, loss
+        if loss_only:
+            logits = None
+        return logits, loss
 
     def hidden(self, idx, cache=None):
         """The final hidden states, which lm_head reads: (B,T) -> (B,T,C)"""
@@ -404,9 +406,7 @@ class GPT(nn.Module):
                           f"({cache.batch_size}, here {B}): use model.new_cache({B})")
             past = cache.length
         # Learned positions end at block_size, and so does a cache of full attention.
-        is_limited = not self.config.use_rope
-        if cache is not None and 0 in self.config.windows:
-            is_limited = True
+        is_limited = not self.config.use_rope or (cache is not None and 0 in self.config.windows)
         require(not is_limited or past + T <= self.config.block_size,
                 f"{past + T} tokens exceed block_size={self.config.block_size}")
 
@@ -462,8 +462,7 @@ class GPT(nn.Module):
                      (Holtzman et al. 2020, section 3.1); 1 keeps all
         stop_token   end a row at this id, pad it with the same id, and return once every row
                      has ended
-        vocab_size   never sample this id or a larger one: for a vocabulary padded beyond its
-                     tokenizer
+        vocab_size   sample only ids below this: for a vocabulary padded beyond its tokenizer
         returns      (B, T + new), new <= max_new_tokens. With RoPE and a window in every layer,
                      time and memory per token stay constant (up to about a million tokens,
                      where float32 angles become coarse). Otherwise, once prompt plus output
@@ -490,7 +489,7 @@ class GPT(nn.Module):
         ended = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             if not can_slide_forever and cache.length + new_tokens.shape[1] > block_size:
-                cache.reset()
+                cache = self.new_cache(len(idx))
                 new_tokens = idx[:, -block_size:]
             x = self.hidden(new_tokens, cache)
             logits = self.lm_head(x[:, -1])        # (B,V); the head is costly

@@ -9,8 +9,8 @@ Text in, token files out.
                                                   (200 MB), at most 103 shards
   python prepare_data.py --input a.txt b.txt --tokenizer gpt2 --name mine
                                                   your own text (UTF-8), the first 90% for training;
-                                                  --tokenizer char, gpt2, or what --init_from of
-                                                  train.py takes: the tokenizer of those weights
+                                                  --tokenizer char or gpt2, or the name or path of
+                                                  weights, for their tokenizer
 
 Each writes a folder data/<name>/: train.bin and val.bin, the token ids one after the other as
 uint16 (uint32 for more than 65,536 ids); and meta.json: the tokenizer, the files with their numbers
@@ -210,8 +210,7 @@ def prepare_text(folder, paths, tokenizer_kind):
         tokenizer = character_tokenizer(paths)
         pieces = encode_own_characters(paths, tokenizer)
     else:
-        spec = {"kind": "gpt2"} if tokenizer_kind == "gpt2" else load_tokenizer(tokenizer_kind)
-        tokenizer = Tokenizer(spec)
+        tokenizer = Tokenizer(load_tokenizer(tokenizer_kind))
         pieces = encode_text(paths, tokenizer)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     tokens = {"train": 0, "val": 0}

@@ -36,8 +36,8 @@ def load(init_from, out_dir):
         model = GPT.from_pretrained(path)
     if model.tokenizer_spec is None:
         raise InputError(
-            f"{path} does not tell what its {model.config.vocab_size} token ids mean, because it "
-            "has no tokenizer: docs/fine_tuning.md says how it gets one"
+            f"{path} has no tokenizer, so its {model.config.vocab_size} token ids cannot be turned "
+            "into text: docs/fine_tuning.md says how to add one"
         )
     return model, Tokenizer(model.tokenizer_spec)
 
@@ -66,8 +66,8 @@ def stream_text(model, tokenizer, prompt, args):
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     new_tokens = 0
     for token in model.stream(
-        idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, tokenizer.end,
-        tokenizer.vocab_size,
+        idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+        stop_token=tokenizer.end, vocab_size=tokenizer.vocab_size,
     ):
         new_tokens += 1
         number = token.item()

@@ -41,7 +41,7 @@ from model import GPT, GPTConfig, require
 from plumbing import reporting
 from plumbing.checkpoints import load_checkpoint, restore, save_again, save_checkpoint
 from plumbing.device import (
-    choose_attention_kernel,
+    choose_attention_kernels,
     choose_device,
     compiler_problem,
     disable_cudnn_attention,
@@ -55,6 +55,7 @@ from plumbing.processes import (
     all_reduce,
     decide_on_rank0,
     joined,
+    make_copies_equal,
     mesh_of_processes,
     rank0_first,
 )
@@ -255,7 +256,9 @@ def shard(model, c, place):
         fully_shard(block, mesh=mesh, mp_policy=policy,
                     reshard_after_forward=c.reshard_after_forward)
     # What is left: embeddings, last norm and head. Tied ones must be in one group.
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    make_copies_equal(model, mesh)
+    return model
 
 
 def replicate(model, c, place):
@@ -289,12 +292,10 @@ def set_gradient_sync(net, place, sync):
 
 def make_optimizers(model, c, device):
     """AdamW, or Muon for the matrices inside the blocks and AdamW for all other parameters."""
+    inner = []
     if c.optimizer == "muon":
         inner = [p for p in model.h.parameters() if p.dim() == 2]
-    else:
-        inner = []
-    ids = {id(p) for p in inner}
-    rest = [p for p in model.parameters() if id(p) not in ids]
+    rest = [p for p in model.parameters() if p not in set(inner)]
     # Weight decay is for matrices and embeddings, not for biases and layer norms.
     groups = [{"params": [p for p in rest if p.dim() == 2], "weight_decay": c.weight_decay},
               {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0}]
@@ -408,15 +409,14 @@ class Run:
     best_val_loss: float = math.inf
     loss: torch.Tensor | float = 0.0   # of the last step: mean over this process's share
     norm: torch.Tensor | float = 0.0   # of the last step: of the whole gradient
-    saved_best_at: int | None = None   # the step of best.pt
 
-    def save(self, name):
-        path = Path(self.c.out_dir) / name
-        if name == "ckpt.pt" and self.saved_best_at == self.step:   # the same state
-            save_again(path.with_name("best.pt"), path)
-            return
-        save_checkpoint(path, self.model, self.optimizers, self.c, self.step, self.best_val_loss,
+    def save(self, names):
+        """Write the state once, under the first name; the other becomes a second name of it."""
+        first, *others = [Path(self.c.out_dir) / name for name in names]
+        save_checkpoint(first, self.model, self.optimizers, self.c, self.step, self.best_val_loss,
                         self.tokenizer_spec)
+        for other in others:
+            save_again(first, other)
 
 
 def set_up(c, gpt_config, given, group):
@@ -466,20 +466,20 @@ def make_run(c, place, meta, model):
     block_size = model.config.block_size
     train_data, val_data = [Data(Path("data") / c.dataset, meta, split, block_size, c.seed)
                             for split in ("train", "val")]
-    # The fastest kernel depends on how long one call of attention is: a window, or the sequence.
-    shortest = min(min(W or block_size, block_size) for W in model.config.windows)
-    choose_attention_kernel(place.device, place.bf16, shortest)
-    if any(model.config.windows):
-        disable_cudnn_attention()
+    choose_attention_kernels(place.device, place.bf16, model.config)
     net = wrap(model, c, place)
     optimizers = make_optimizers(model, c, place.device)   # after wrap: FSDP replaces parameters
     return Run(c, place, model, net, optimizers, train_data, val_data, meta["tokenizer"])
 
 
+def may_evaluate(step, c):
+    return step >= c.max_iters or step % c.eval_interval == 0
+
+
 def what_is_due(step, c, stop, overdue):
     """-> evaluate_now, save, log"""
     at_end = step >= c.max_iters
-    evaluate_now = not stop and (at_end or step % c.eval_interval == 0)
+    evaluate_now = not stop and may_evaluate(step, c)
     save = stop or overdue or evaluate_now or step % c.checkpoint_interval == 0
     log = stop or at_end or step % c.log_interval == 0
     return evaluate_now, save, log
@@ -495,8 +495,13 @@ def loop(run, announce_signals):
     # another trained on, both would wait forever.
     any_rank = AnyRank()
     with StopSignals(announce_signals) as signals:
+
+        def flags():
+            return signals.received is not None, time.monotonic() > save_by
+
         while True:   # a new run begins with an evaluation at step 0
-            stop, overdue = any_rank(signals.received is not None, time.monotonic() > save_by)
+            # The answer may be a step old, but not before an evaluation, which may take minutes.
+            stop, overdue = any_rank.read(*flags(), now=may_evaluate(run.step, c))
             evaluate_now, save, log = what_is_due(run.step, c, stop, overdue)
             if log or save:
                 loss = checked_loss(run)   # before the pause: it waits for the GPU's last steps
@@ -506,17 +511,20 @@ def loop(run, announce_signals):
                     seconds_per_step = stopwatch.elapsed() / (run.step - first_step)
                     reporting.log_step(run, loss, steps_per_second, seconds_per_step)
                     logged_step = run.step
-                if evaluate_now:
-                    evaluate_and_keep_best(run)
+                names = []
+                if evaluate_now and evaluate_and_compare(run):
+                    names.append("best.pt")
                 if save and run.step > first_step:
-                    run.save("ckpt.pt")
+                    names.append("ckpt.pt")
+                if names:
+                    run.save(names)
                     save_by = time.monotonic() + 60 * c.checkpoint_minutes
                 if stop:
                     return signals.received or "a signal"   # which another process received
                 if run.step >= c.max_iters:
                     return None
                 stopwatch.resume()
-            any_rank.send(signals.received is not None, time.monotonic() > save_by)
+            any_rank.send(*flags())
             run.loss, run.norm = train_step(run.step, run.net, run.optimizers, run.train_data, c,
                                             run.place)
             run.step += 1
@@ -530,15 +538,14 @@ def checked_loss(run):
     return loss
 
 
-def evaluate_and_keep_best(run):
-    """Evaluate, and save best.pt if the loss is the lowest so far."""
+def evaluate_and_compare(run):
+    """Evaluate -> whether the loss is the lowest so far"""
     val_loss = evaluate(run.net, run.val_data, run.c, run.place)
     reporting.check_finite(run.step, "validation loss", val_loss)
     reporting.log_eval(run, val_loss)
-    if val_loss < run.best_val_loss:
-        run.best_val_loss = val_loss
-        run.save("best.pt")
-        run.saved_best_at = run.step
+    is_best = val_loss < run.best_val_loss
+    run.best_val_loss = min(val_loss, run.best_val_loss)
+    return is_best
 
 
 def train(asked, gpt_config, given, argv, group):

@@ -23,7 +23,7 @@ from assessment.measure import (
     training_step,
 )
 from model import GPT, GPTConfig, attend, attend_in_blocks, visible
-from plumbing.device import choose_attention_kernel
+from plumbing.device import disable_cudnn_attention
 from plumbing.errors import InputError
 
 WINDOW = 256
@@ -157,7 +157,8 @@ def measure_models(configs, device, bf16, tiny):
         configs = {name: four_blocks(config) for name, config in configs.items()}
     configs = {name: replace(c, block_size=max(contexts) + 64) for name, c in configs.items()}
     measured = measure_training(configs, T, device, bf16)
-    choose_attention_kernel(device, bf16=False, length=min(contexts))
+    torch.backends.cuda.enable_flash_sdp(True)
+    disable_cudnn_attention()   # as sample.py does
     for n in contexts:
         batch_sizes = (1, 8) if n == 4096 else (1,)
         measured |= measure_inference(configs, n, batch_sizes, device)
@@ -229,9 +230,12 @@ H, D = 12, 64   # heads and their width, as in GPT-2 124M
 
 
 def random_heads(T):
-    """q, k and v side by side, in memory as c_attn leaves them: (1,3H,T,D)"""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.randn(1, T, 3 * H, D, device=device).transpose(1, 2)
+    """q, k and v side by side, in memory as c_attn leaves them: (1,3H,T,D); on CUDA in bfloat16"""
+    if torch.cuda.is_available():
+        heads = torch.randn(1, T, 3 * H, D, device="cuda", dtype=torch.bfloat16)
+    else:
+        heads = torch.randn(1, T, 3 * H, D)
+    return heads.transpose(1, 2)
 
 
 def forward_only(form, T):
@@ -245,7 +249,11 @@ def forward_only(form, T):
 
 def forward_and_backward(form, T):
     heads = random_heads(T).requires_grad_()
-    return lambda: FORMS[form](*heads.split(H, dim=1)).sum().backward()
+    gradient = torch.ones_like(heads[:, :H])
+
+    def run():
+        FORMS[form](*heads.split(H, dim=1)).backward(gradient)
+    return run
 
 
 def measure_attention(T):

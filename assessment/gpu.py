@@ -1,8 +1,7 @@
 """
-The first twenty minutes on a GPU: every command that a user would type there, one after the other,
-and what it printed about speed, memory and losses, written to results/gpu.csv.
-
-Without a GPU the same commands run with tiny models, to see that they work.
+The commands to run first on a new GPU, and what they print about speed, memory and losses:
+results/gpu.csv, and everything in results/gpu.log. Without a GPU the same commands run with tiny
+models, to see that they work.
 """
 
 import csv
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import sample
 from assessment.measure import RESULTS, ROOT, print_versions
 from plumbing.errors import InputError
 
@@ -30,27 +30,24 @@ TINY = [
     "--log_interval=1", "--compile=False",
 ]
 
-WITH_CUDNN = (   # sample.py as it would be if it left cuDNN's attention on
-    "import sys, sample; sample.disable_cudnn_attention = lambda: None; sample.main(sys.argv[1:])"
-)
-
 # What a command prints: name, and where the number stands; the last one counts
 FIGURES = {
     "tokens/s": r"([\d,.]+) tokens/s",
     "MFU %": r"MFU ([\d.]+)%",
     "validation loss": r"the best ([\d.]+), in",
     "memory GB": r"peak memory of this GPU: ([\d.]+) GB",
-    "seconds of the run": r"the best [\d.]+, in (\w+)",
+    "time of the run": r"the best [\d.]+, in (\w+)",
 }
 
 
 def commands(out):
-    """[(name, command)] in the order of their importance; out: a folder for what they write"""
+    """[(name, command)], the important ones first; out: a folder for what they write"""
     train = [*PYTHON, "train.py"]
-    shakespeare = [*train, "config/shakespeare.py"]
+    shakespeare = [*train, "config/shakespeare.py", "--dataset=shakespeare"]   # no substitute
+    assessment = [*PYTHON, "-m", "assessment"]
     small = [*TORCHRUN, "train.py", "config/gpt2.py", *STEPS, "--vocab_size=50304"]
     large = [*TORCHRUN, "train.py", "config/gpt2_large.py", *TEXT, "--vocab_size=50304"]
-    sample = ["--init_from=" + f"{out}/50304-16", "--max_new_tokens=500", "--temperature=0"]
+    text = [f"--init_from={out}/50304-16", "--max_new_tokens=500", "--temperature=0"]
     listed = [
         ("shakespeare", [*shakespeare, f"--out_dir={out}/shakespeare"]),
         ("shakespeare, all switches",
@@ -64,23 +61,26 @@ def commands(out):
                  f"--micro_batch_size={micro}", f"--out_dir={out}/{vocab_size}-{micro}"],
             ))
     return listed + [
-        ("sampling, bfloat16", [*PYTHON, "sample.py", "--dtype=bfloat16", *sample]),
-        ("the same with cuDNN", [*PYTHON, "-c", WITH_CUDNN, "--dtype=bfloat16", *sample]),
+        ("sampling, bfloat16", [*PYTHON, "sample.py", "--dtype=bfloat16", *text]),
+        ("the same with cuDNN",
+         [*assessment, "gpu", "sample-with-cudnn", "--dtype=bfloat16", *text]),
+        ("GPT-2 124M, all switches", [*train, "config/gpt2.py", "config/modern.py", *STEPS,
+                                      "--window_size=256", f"--out_dir={out}/all"]),
         ("GPT-2 124M, DDP", [*small, f"--out_dir={out}/ddp"]),
         ("GPT-2 124M, FSDP", [*small, "--fsdp", f"--out_dir={out}/fsdp"]),
         ("GPT-2 774M, FSDP", [*large, "--fsdp", "--max_iters=10", f"--out_dir={out}/large"]),
-        ("beside nanoGPT", [*PYTHON, "-m", "assessment", "speed", "steps"]),
-        ("beside transformers", [*PYTHON, "-m", "assessment", "speed", "decode"]),
-        ("cost", [*PYTHON, "-m", "assessment", "cost"]),
+        ("beside nanoGPT", [*assessment, "speed", "steps"]),
+        ("beside transformers", [*assessment, "speed", "decode"]),
+        ("cost", [*assessment, "cost"]),
     ]
 
 
 def tiny(command):
     """The same command for a machine without a GPU"""
-    if "assessment" in command:
-        return [*command, "--tiny"]
     if "train.py" in command:
         return [*command, *TINY]
+    if command[-1] in ("steps", "decode", "cost"):
+        return [*command, "--tiny"]
     return [*command, "--max_new_tokens=5"]
 
 
@@ -96,9 +96,12 @@ def run(name, command, log):
         encoding="utf-8",
         errors="replace",
     )
-    log.write(f"$ {' '.join(command)}\n{done.stdout}\n")
+    print(f"$ {' '.join(command)}\n{done.stdout}", file=log, flush=True)
     rows = [(name, "exit status", done.returncode)]
-    for what, pattern in FIGURES.items():
+    printed = FIGURES
+    if command[-1] in ("steps", "decode", "cost", "--tiny"):   # tables: they are in the log
+        printed = {}
+    for what, pattern in printed.items():
         found = re.findall(pattern, done.stdout)
         if found:
             rows.append((name, what, found[-1].replace(",", "")))
@@ -110,6 +113,10 @@ def run(name, command, log):
 
 def main(argv):
     """argv: --nanogpt=FOLDER, a clone of nanoGPT to measure beside"""
+    if argv[:1] == ["sample-with-cudnn"]:
+        sample.disable_cudnn_attention = lambda: None
+        sample.main(argv[1:])
+        return
     print_versions()
     has_gpu = torch.cuda.is_available()
     card = torch.cuda.get_device_name() if has_gpu else "no GPU"

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 import train
-from model import GPT
-from plumbing.device import choose_attention_kernel, choose_device
+from model import GPT, GPTConfig
+from plumbing.device import choose_attention_kernels, choose_device
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -188,7 +188,7 @@ def nanogpt_step(model, B, T, device, bf16):
 
 def compile_on_cuda(model, device):
     if device.type == "cuda":
-        model.forward = torch.compile(model.forward)
+        model.forward = torch.compile(model.forward, dynamic=False)
 
 
 def step_function(model, optimizers, B, T, device, bf16):
@@ -198,9 +198,13 @@ def step_function(model, optimizers, B, T, device, bf16):
     c = train.TrainConfig(batch_size=B, micro_batch_size=B)
     place = train.Place(device, bf16, rank=0, world=1, micro=B)
     data = RandomTokens(model.config.vocab_size, B, T)
+    windows = getattr(model.config, "window_size", None)   # nanoGPT has none
+    model_config = GPTConfig(block_size=T, use_swa=windows is not None, window_size=windows,
+                             n_layer=model.config.n_layer)
 
     def step():
-        choose_attention_kernel(device, bf16, T)   # other measurements may have changed it
+        # other measurements may have changed them
+        choose_attention_kernels(device, bf16, model_config)
         train.train_step(0, model, optimizers, data, c, place)
     return step
 

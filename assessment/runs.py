@@ -17,18 +17,17 @@ def read_losses(name):
     path = Path(name)
     if path.is_dir():
         path = path / "metrics.csv"
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: give the out_dir of a run")
+    header, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+    if header != ",".join(Metrics.FIELDS):
+        raise InputError(f"{path} was not written by train.py")
     losses = {"train_loss": [], "val_loss": []}
     try:
-        with open(path, newline="", encoding="utf-8") as f:
-            table = csv.DictReader(f)
-            if tuple(table.fieldnames or ()) != Metrics.FIELDS:
-                raise InputError(f"{path} was not written by train.py")
-            for row in table:
-                for column, points in losses.items():
-                    if row[column]:
-                        points.append((int(row["step"]), float(row[column])))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: give the out_dir of a run") from None
+        for row in csv.DictReader(lines, Metrics.FIELDS):
+            for column, points in losses.items():
+                if row[column]:
+                    points.append((int(row["step"]), float(row[column])))
     except (ValueError, TypeError, csv.Error) as e:   # half a line, for example
         raise InputError(f"{path} is damaged: {e}") from None
     if not losses["val_loss"]:

@@ -19,7 +19,6 @@ from assessment.cost import GQA, ROPE, SWA, VARIANTS, fill
 from assessment.measure import (
     ROOT,
     added_mb,
-    cpu_only,
     machine,
     nanogpt_step,
     print_times,
@@ -116,7 +115,7 @@ def seconds_until(reached, folder, command):
         process = subprocess.Popen(
             [sys.executable, *command, f"--out_dir={out}"],
             cwd=folder,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""},
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -137,7 +136,6 @@ def seconds_until(reached, folder, command):
 
 def start(nanogpt, tiny):
     """Seconds from the command to the first step, and to the loss nanoGPT's recipe ends with"""
-    cpu_only()
     if tiny:
         raise InputError("speed start times whole commands, which are not made tiny")
     if not Path(ROOT, "data/shakespeare/meta.json").exists():
@@ -273,6 +271,7 @@ def run_in_mode(program, mode, flags, folder):
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
     environment = {
         "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": str(threads_each(n)),
     }
     done = subprocess.run(
@@ -314,7 +313,6 @@ def bytes_held(mode, flags, folder):
 
 def processes(tiny):
     """train.py alone, as DDP and as FSDP: tokens/s, and the bytes that the first process holds"""
-    cpu_only()
     if tiny:
         raise InputError("speed processes times whole commands, which are not made tiny")
     with tempfile.TemporaryDirectory() as folder:

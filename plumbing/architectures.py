@@ -1,8 +1,8 @@
 """
 The public architectures that model.py computes exactly, as Hugging Face folders describe them.
 
-  model_type    is GPT-2 with                               written for
-  gpt2          nothing else                                no switch
+  model_type    adds to GPT-2                               exported from
+  gpt2          nothing                                     no switch
   gpt_bigcode   one key/value head for all query heads      use_gqa with n_kv_head=1
   gpt_neo       windows in some or all layers               use_swa, if q, k and v have no biases
   starcoder2    RoPE, fewer key/value heads, a window       use_rope, alone or with the others
@@ -17,13 +17,14 @@ import torch
 
 from plumbing.errors import InputError, first_line
 
-# Those of model.py; # is the layer
+# Our modules; # stands for the layer
 MODULES = (
     "wte", "wpe", "h.#.ln_1", "h.#.attn.c_attn", "h.#.attn.c_proj", "h.#.ln_2", "h.#.mlp.c_fc",
     "h.#.mlp.c_proj", "ln_f", "lm_head",
 )
 # The weights of these are (in, out) in GPT-2's files and (out, in) in nn.Linear.
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+GELU = ("gelu_new", "gelu_pytorch_tanh")   # two names of one function
 # Causal masks, which old files hold as if they were weights
 MASKS = (
     ".attn.bias", ".attn.masked_bias", ".attn.attention.bias", ".attn.attention.masked_bias",
@@ -49,7 +50,7 @@ GPT2 = {
         "tied": "tie_word_embeddings",
     },
     "fixed": {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),   # two names of one function
+        "activation_function": GELU,
         "layer_norm_epsilon": (1e-5,),
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
@@ -64,13 +65,7 @@ GPT2 = {
 GPT_BIGCODE = GPT2 | {
     "model_type": "gpt_bigcode",
     "class": "GPTBigCodeForCausalLM",
-    "fixed": {
-        "activation_function": ("gelu_pytorch_tanh", "gelu_new"),
-        "layer_norm_epsilon": (1e-5,),
-        "scale_attn_weights": (True,),
-        "multi_query": (True,),
-        "add_cross_attention": (False,),
-    },
+    "fixed": GPT2["fixed"] | {"multi_query": (True,)},
     "transposed": (),
 }
 GPT_NEO = {
@@ -85,7 +80,7 @@ GPT_NEO = {
         "tied": "tie_word_embeddings",
     },
     "fixed": {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "activation_function": GELU,
         "layer_norm_epsilon": (1e-5,),
     },
     "mlp_width": "intermediate_size",
@@ -116,7 +111,7 @@ STARCODER2 = {
         "rope_theta": "rope_theta",
     },
     "fixed": {
-        "hidden_act": ("gelu_pytorch_tanh", "gelu_new"),
+        "hidden_act": GELU,
         "norm_epsilon": (1e-5,),
         "use_bias": (True, False),   # False: the linear layers have no biases, the norms do
     },
@@ -192,17 +187,17 @@ def read_config(hf, path):
 
     if table is STARCODER2:
         fields["use_rope"] = True
-    if table is GPT_BIGCODE:
+        if hf.get("use_bias") is False:
+            table = table | {"no_bias": (".c_attn", ".c_proj", ".c_fc")}
+    elif table is GPT_BIGCODE:
         fields["n_kv_head"] = 1
-    if table is GPT_NEO:
+    elif table is GPT_NEO:
         fields["window_size"] = neo_windows(hf, fields["n_layer"], path)
     fields["use_gqa"] = fields.get("n_kv_head", fields["n_head"]) != fields["n_head"]
     if not fields["use_gqa"]:
         fields["n_kv_head"] = None
     fields["use_swa"] = fields.get("window_size") is not None
-    if hf.get("use_bias") is False:   # of a starcoder2
-        table = table | {"no_bias": (".c_attn", ".c_proj", ".c_fc")}
-    if hf.get("bias") is False:   # of our own exports, see config_json()
+    if hf.get("bias") is False:   # in our own exports, see config_json()
         fields["bias"] = False
     return table, fields
 
@@ -252,10 +247,11 @@ def neo_windows(hf, n_layer, path):
 # Tensors
 
 def tensor_names(table, n_layer):
-    """Yield our name of every tensor, and their names of its parts, most often one."""
+    """Yield our name of each tensor, and the list of theirs: one, or three for q, k and v."""
     for module, their_modules in table["modules"].items():
+        kinds = ("weight",) if module.endswith(table["no_bias"]) else ("weight", "bias")
         for layer in range(n_layer if "#" in module else 1):
-            for kind in ("weight", "bias"):
+            for kind in kinds:
                 ours = f"{module}.{kind}".replace("#", str(layer))
                 theirs = [f"{m}.{kind}".replace("#", str(layer)) for m in their_modules]
                 yield ours, theirs
@@ -277,7 +273,7 @@ def our_tensors(theirs, table, fields, path):
             if all(part in rest for part in parts):
                 pieces = [rest.pop(part) for part in parts]
                 if table is GPT_NEO and len(pieces) > 1:
-                    pieces[0] = pieces[0] * neo_scale(fields)
+                    pieces[0] = pieces[0].float() * neo_scale(fields)
                 t = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
                 tensors[name] = t.t() if name.endswith(table["transposed"]) else t
         add_zero_biases(tensors, table["no_bias"])
@@ -285,6 +281,8 @@ def our_tensors(theirs, table, fields, path):
         raise InputError(
             f"{path}: its tensors are not those of a {table['model_type']}: {first_line(e)}"
         ) from None
+    if tensors.keys() & rest.keys():
+        raise InputError(f"{path} has {min(tensors.keys() & rest.keys())} twice")
     tensors |= rest
     if not fields.get("bias", True):
         drop_zero_biases(tensors, path)
@@ -311,8 +309,6 @@ def their_tensors(ours, table, fields):
         if len(parts) > 1:
             pieces = list(t.split((fields["n_embd"], kv_rows, kv_rows)))
         if table is GPT_NEO and len(parts) > 1:
-            if name.endswith("bias"):   # zero, see table_for()
-                continue
             pieces[0] = pieces[0] / neo_scale(fields)
         tensors.update(zip(parts, pieces, strict=True))
     if fields["tied"]:   # as OpenAI's own files have it, and some readers of gpt2 expect
@@ -321,15 +317,16 @@ def their_tensors(ours, table, fields):
 
 
 def neo_scale(fields):
-    """gpt_neo does not divide q k' by sqrt(D): its queries are that much smaller."""
+    """gpt_neo does not divide q k' by sqrt(D), so our query weights are sqrt(D) times theirs."""
     return math.sqrt(fields["n_embd"] // fields["n_head"])
 
 
 def add_zero_biases(tensors, modules):
-    """Give a bias to every module with one of these in its name. Zero is the same as none."""
+    """Give a bias to every module whose name ends in one of these. Zero is the same as none."""
     for name, t in list(tensors.items()):
-        if name.endswith("weight") and any(module in name for module in modules):
-            tensors.setdefault(name.removesuffix("weight") + "bias", torch.zeros(len(t)))
+        module = name.removesuffix(".weight")
+        if module != name and module.endswith(modules):
+            tensors.setdefault(f"{module}.bias", torch.zeros(len(t)))
 
 
 def drop_zero_biases(tensors, path):
@@ -343,28 +340,28 @@ def drop_zero_biases(tensors, path):
 
 def table_for(config, tensors):
     """The architecture that has what config asks for; InputError if there is none."""
-    K = config["n_kv_head"] or config["n_head"]
-    if config["use_rope"] and len(windows(config)) == 1:
-        return STARCODER2
-    if not config["use_rope"] and windows(config) == {0}:
-        if K == config["n_head"]:
-            return GPT2
-        if K == 1:
-            return GPT_BIGCODE
-    if not config["use_rope"] and K == config["n_head"] and len(windows(config) - {0}) == 1:
+    kinds = windows(config)
+    all_heads = (config["n_kv_head"] or config["n_head"]) == config["n_head"]
+    if config["use_rope"]:
+        if len(kinds) == 1:
+            return STARCODER2
+    elif kinds == {0} and all_heads:
+        return GPT2
+    elif kinds == {0} and config["n_kv_head"] == 1:
+        return GPT_BIGCODE
+    elif all_heads and len(kinds - {0}) == 1:
         biases = [t for name, t in tensors.items() if name.endswith("c_attn.bias")]
         if not any(t.any() for t in biases):
             return GPT_NEO
         raise InputError(
-            "windows without RoPE are those of a gpt_neo, whose q, k and v have no biases, and "
-            "these have some: train with bias=False for that. A checkpoint of train.py can hold "
-            "any model"
+            "only gpt_neo has windows without RoPE, and its q, k and v have no biases: train with "
+            "--bias=False, or pass on the checkpoint of train.py, which can hold any model"
         )
     names = ("use_rope", "use_gqa", "n_kv_head", "use_swa", "window_size")
     switches = ", ".join(f"{name}={config[name]}" for name in names)
     raise InputError(
-        f"{switches}: no public architecture has this: {', '.join(ARCHITECTURES)} were looked at "
-        "(plumbing/architectures.py). A checkpoint of train.py can hold any model"
+        f"none of {', '.join(ARCHITECTURES)} has {switches}: pass on the checkpoint of train.py, "
+        "which can hold any model"
     )
 
 

@@ -130,31 +130,34 @@ def bf16_pays():
     return seconds["float32"] > 1.3 * seconds["bfloat16"]
 
 
-def choose_attention_kernel(device, bf16, length):
+def choose_attention_kernels(device, bf16, config):
     """
-    For the whole process: torch's flash attention, except on CPUs in bfloat16 if sequences or
-    windows are shorter than 256 tokens. There the one of torch 2.13 takes at least twice the time
-    of plain matrix products.
+    For the training of a model with this GPTConfig: torch's flash attention, except on CPUs in
+    bfloat16 if sequences or windows are shorter than 256 tokens. There the one of torch 2.13 takes
+    at least twice the time of plain matrix products.
     """
-    slow = device.type == "cpu" and bf16 and length < 256
+    shortest = min(min(W or config.block_size, config.block_size) for W in config.windows)
+    slow = device.type == "cpu" and bf16 and shortest < 256
     torch.backends.cuda.enable_flash_sdp(not slow)   # despite its name this covers CPUs too
+    if any(config.windows):
+        disable_cudnn_attention()
 
 
 def padded(vocab_size):
     """
-    GPUs multiply fast only if rows have a multiple of 64 numbers, and the head is a third of all
-    products: so a new model has some ids that no text contains. Samples and exports never show
-    them.
+    For the head of a new model: GPUs have no fast kernel for rows of 50,257 numbers, but one for
+    multiples of 64. So it gets a few ids that no text contains; sample.py and exports leave them
+    out.
     """
-    if vocab_size < 1024:
+    if vocab_size < 1024:   # characters: not worth it
         return vocab_size
     return 64 * math.ceil(vocab_size / 64)
 
 
 def disable_cudnn_attention():
     """
-    On GPUs torch prefers cuDNN's attention. With some masks its gradients are NaN
-    (pytorch/pytorch#196678), and for every new length of the cache it prepares anew, which takes
+    torch prefers cuDNN's attention on GPUs. Its gradients are NaN with some masks
+    (pytorch/pytorch#196678), and it makes a new plan for every length of the cache, which takes
     about 40 ms (pytorch/pytorch#191576).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -179,7 +182,7 @@ def compiler_problem(device):
 def peak_flops(name):
     """The FLOPs per second of a device named like "NVIDIA H100 80GB HBM3", or None if unknown."""
     words = set(name.replace("-", " ").split())
-    if words & {"Laptop", "Ti", "D"}:   # siblings of another speed
+    if words & {"Laptop", "Ti", "D", "MIG"}:   # siblings of another speed
         return None
     for listed, flops in PEAK_FLOPS.items():
         if set(listed.split()) <= words:

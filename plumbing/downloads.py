@@ -86,7 +86,7 @@ def refusal(url, path, response):
     kind = NotFound if status == 404 else DownloadError
     hint = ""
     if status in (401, 403) and url.startswith(hub_url("")):
-        hint = "if it is private, set HF_TOKEN; "
+        hint = "there is no such repository, or it is private: then set HF_TOKEN; "
     return kind(f"{url} answered {status} {response.reason}: {hint}to continue without it, "
                 f"{alternatives(path)}")
 

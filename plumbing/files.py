@@ -30,8 +30,8 @@ def replacing(path):
 
 def give_second_name(path, name):
     """
-    Make name refer to the file at path, in place of what it refers to now. Where the disk has no
-    hard links it is a copy.
+    Make name a second name (hard link) of the file at path, in place of any file of that name. On
+    disks without hard links it becomes a copy.
     """
     temporary = Path(f"{name}.tmp")
     temporary.unlink(missing_ok=True)
@@ -42,7 +42,7 @@ def give_second_name(path, name):
             shutil.copyfileobj(original, copy, 1 << 20)
         return
     os.replace(temporary, name)
-    temporary.unlink(missing_ok=True)   # it stays if name referred to that file already
+    temporary.unlink(missing_ok=True)   # replace does nothing if both are already one file
 
 
 def sha256(paths):

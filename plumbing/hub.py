@@ -3,11 +3,12 @@
 import re
 from pathlib import Path
 
+from plumbing.architectures import read_config
 from plumbing.downloads import DownloadError, NotFound, download, hub_url
 from plumbing.errors import InputError
 from plumbing.json_files import read_json
 
-# Releases that have a short name here, and GPT-2's tokenizer for certain
+# Short names of releases, all with GPT-2's tokenizer
 RELEASES = {
     "gpt2": "openai-community/gpt2",
     "gpt2-medium": "openai-community/gpt2-medium",
@@ -15,20 +16,21 @@ RELEASES = {
     "gpt2-xl": "openai-community/gpt2-xl",
     "distilgpt2": "distilbert/distilgpt2",
 }
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")   # owner/name
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")   # owner/name
 TOKENIZER_FILES = (
     "tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
 )
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 
-def fetch_repository(name):
+def fetch_repository(name, weights=True):
     """
-    The folder checkpoints/<name>, with what load_pretrained reads of this repository. Without a
-    word to the Hub if its weights, which come last, are there.
+    The folder checkpoints/<name>. Files that are missing are downloaded, weights last; if those are
+    there, the Hub is not contacted.
 
-    name     one of RELEASES, or owner/name
-    raises   DownloadError
+    name      one of RELEASES, or owner/name
+    weights   False = the configuration and the tokenizer alone
+    raises    InputError
     """
     folder = Path("checkpoints") / name
     repository = RELEASES.get(name, name)
@@ -46,13 +48,20 @@ def fetch_repository(name):
     if is_complete(folder):
         return folder
     try:
-        if not fetch("config.json"):
-            raise NotFound(f"{hub_url(repository)} has no config.json, or does not exist")
+        found = fetch("config.json")
     except DownloadError as e:
         raise DownloadError(f"{name} is not on this machine, and {e}") from None
+    if not found:
+        raise InputError(
+            f"{name} is not on this machine, and {hub_url(repository)} has no config.json"
+        )
+    # a model that will be refused is refused before its weights are downloaded
+    read_config(read_json(folder / "config.json"), folder / "config.json")
     if name not in RELEASES:
         for file in TOKENIZER_FILES:
             fetch(file)
+    if not weights:
+        return folder
     if not any(fetch(file) for file in WEIGHTS):   # the first that it has
         raise InputError(f"{hub_url(repository)} has none of {', '.join(WEIGHTS)}")
     for path in files_of_index(folder / WEIGHTS[1]):
@@ -62,13 +71,17 @@ def fetch_repository(name):
 
 
 def is_complete(folder):
-    """Whether config.json and all weights are there"""
-    if not (folder / "config.json").exists():
-        return False
-    if (folder / WEIGHTS[0]).exists() or (folder / WEIGHTS[2]).exists():
-        return True
-    parts = files_of_index(folder / WEIGHTS[1])
-    return bool(parts) and all(path.exists() for path in parts)
+    """Whether config.json and all files of weights are there"""
+    files = [folder / "config.json", *weight_files(folder)]
+    return all(path.exists() for path in files)
+
+
+def weight_files(folder):
+    """The file of a folder's tensors, or the files that its index names; they may be missing."""
+    whole, index, pickled = (folder / name for name in WEIGHTS)
+    if whole.exists():
+        return [whole]
+    return files_of_index(index) or [pickled]
 
 
 def files_of_index(index):

@@ -21,14 +21,14 @@ from plumbing.checkpoints import (
     open_checkpoint,
 )
 from plumbing.errors import InputError
-from plumbing.hub import HUB_ID, RELEASES, fetch_repository, files_of_index
+from plumbing.hub import HUB_ID, RELEASES, WEIGHTS, fetch_repository, weight_files
 from plumbing.json_files import read_json, write_json
 from plumbing.run_folder import checkpoint_of_run
 from plumbing.safetensors import read_safetensors, write_safetensors
 from plumbing.tokenizer import Tokenizer
 from plumbing.tokenizer_files import read_tokenizer, write_tokenizer
 
-# What nanoGPT's training scripts make of GPT-2's 50,257 tokens: themselves, or a multiple of 64
+# The vocab_size that nanoGPT gives a model of GPT-2's tokens: exact, or padded to a multiple of 64
 NANOGPT_BPE = (50257, 50304)
 
 
@@ -38,8 +38,8 @@ NANOGPT_BPE = (50257, 50304)
 def load_pretrained(name_or_folder):
     """
     name_or_folder   a checkpoint file, a Hugging Face folder, the folder of a run, one of
-                     RELEASES, or an owner/name on the Hub; what could be several of these is
-                     the first that it is
+                     RELEASES, or an owner/name on the Hub; a name that fits several of these
+                     is taken as the first
 
     returns   the fields of a GPTConfig (dict), {name of a parameter: tensor}, a tokenizer_spec or
               None, and the path all this came from
@@ -56,17 +56,21 @@ def load_pretrained(name_or_folder):
 
 def load_tokenizer(name_or_folder):
     """The tokenizer_spec alone of what load_pretrained takes; InputError if it has none"""
-    path = find(name_or_folder)
+    if name_or_folder in RELEASES:
+        return {"kind": "gpt2"}
+    path = find(name_or_folder, weights=False)
     if path.is_file():
         spec = read_checkpoint(path)[2]
     else:
-        spec = tokenizer_of_folder(path, read_json(path / "config.json"))
+        hf = read_json(path / "config.json")
+        read_config(hf, path / "config.json")
+        spec = tokenizer_of_folder(path, hf)
     if spec is None:
         raise InputError(f"{path} has no tokenizer")
     return spec
 
 
-def find(name_or_folder):
+def find(name_or_folder, weights=True):
     """The path of the checkpoint or of the Hugging Face folder, which is fetched if need be"""
     path = Path(name_or_folder)
     name = str(name_or_folder)
@@ -75,8 +79,9 @@ def find(name_or_folder):
     checkpoint = checkpoint_of_run(path)
     if checkpoint is not None:
         return checkpoint
-    if name in RELEASES or HUB_ID.fullmatch(name):
-        return fetch_repository(name)
+    is_path = path.parent.is_dir()   # out/x is a path if there is a folder out
+    if name in RELEASES or (HUB_ID.fullmatch(name) and not is_path):
+        return fetch_repository(name, weights)
     raise InputError(
         f"{name}: not one of {', '.join(RELEASES)}, nor owner/name on the Hugging Face Hub, nor "
         "a folder with config.json and weights"
@@ -108,7 +113,7 @@ def read_nanogpt(checkpoint, path):
 
 
 def tokenizer_of_folder(folder, hf):
-    """hf: its config.json -> a tokenizer_spec; None if the folder does not tell"""
+    """hf: the folder's config.json. Returns a tokenizer_spec, or None if there is no tokenizer"""
     spec = read_tokenizer(folder, hf.get("eos_token_id"))
     if spec is None:
         is_release = folder.parent == Path("checkpoints") and folder.name in RELEASES
@@ -122,27 +127,22 @@ def tokenizer_of_folder(folder, hf):
 
 
 def read_tensors(folder):
-    """All tensors of a folder, by the names they have there."""
-    safetensors = folder / "model.safetensors"
-    pickled = folder / "pytorch_model.bin"
-    if safetensors.exists():
-        return read_safetensors(safetensors)
-    index = folder / "model.safetensors.index.json"
+    """All tensors of a folder, by the names they have there"""
     tensors = {}
-    for file in files_of_index(index):
+    for file in weight_files(folder):
+        if not file.is_file() and file.name == WEIGHTS[2]:
+            raise InputError(f"{folder} has config.json but neither {', '.join(WEIGHTS[:2])} nor "
+                             f"{file.name}")
         if not file.is_file():
-            raise InputError(f"{index} names {file.name}, and there is no such file beside it")
-        tensors |= read_safetensors(file)
-    if tensors:
-        return tensors
-    if pickled.exists():
-        tensors = load_pickle(pickled)
-        if not all_tensors(tensors):
-            raise InputError(f"{pickled} is not a dictionary of tensors")
-        return tensors
-    raise InputError(
-        f"{folder} has config.json but neither {safetensors.name}, {index.name} nor {pickled.name}"
-    )
+            raise InputError(f"{folder / WEIGHTS[1]} names {file.name}, and there is no such file "
+                             "beside it")
+        if file.suffix == ".bin":
+            tensors = load_pickle(file)
+            if not all_tensors(tensors):
+                raise InputError(f"{file} is not a dictionary of tensors")
+        else:
+            tensors |= read_safetensors(file)
+    return tensors
 
 
 # --------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def read_tensors(folder):
 def save_pretrained(folder, config, parameters, tokenizer_spec):
     """
     Write a folder that transformers reads: config.json, model.safetensors, generation_config.json
-    and, where it is known, the tokenizer.
+    and, where it is known, the tokenizer, to whose number of ids the vocabulary is cut.
 
     config       the fields of a GPTConfig
     parameters   {name: tensor}, a tied head only once, as wte
@@ -159,6 +159,9 @@ def save_pretrained(folder, config, parameters, tokenizer_spec):
     """
     tensors = {name: p.detach() for name, p in parameters.items()}
     tokenizer = Tokenizer(tokenizer_spec) if tokenizer_spec else None
+    if tokenizer and tokenizer.vocab_size > config["vocab_size"]:
+        raise InputError(f"tokenizer_spec has {tokenizer.vocab_size:,} ids, the model "
+                         f"{config['vocab_size']:,}")
     if tokenizer and tokenizer.vocab_size < config["vocab_size"]:   # padded for training
         config = config | {"vocab_size": tokenizer.vocab_size}
         for name in ("wte.weight", "lm_head.weight"):
@@ -166,7 +169,7 @@ def save_pretrained(folder, config, parameters, tokenizer_spec):
                 tensors[name] = tensors[name][:tokenizer.vocab_size]
     table = table_for(config, tensors)
     if not config["bias"]:
-        add_zero_biases(tensors, (".c_", "ln_"))
+        add_zero_biases(tensors, (".c_attn", ".c_proj", ".c_fc", "ln_1", "ln_2", "ln_f"))
     hf = config_json(config, table)
     # The ids that begin and end a text: what generates from an empty prompt begins with the first.
     start = end = 50256 if config["vocab_size"] == 50257 else None   # as transformers assumes
@@ -181,7 +184,7 @@ def save_pretrained(folder, config, parameters, tokenizer_spec):
     if tokenizer:
         write_tokenizer(folder, tokenizer, config["block_size"])
     else:
-        print(f"note: {folder} has no tokenizer, because none is known for this model: other "
-              "programs need one to read and write text")
+        print(f"note: no tokenizer was written to {folder}, because none is known for this model: "
+              "other programs need one to read and write text")
     write_json(folder / "generation_config.json", ids)
     write_json(folder / "config.json", hf | ids)

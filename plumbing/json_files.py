@@ -9,7 +9,7 @@ from plumbing.files import replacing
 def read_json(path):
     """The dictionary in a file, None if there is no file; InputError if it holds something else."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as e:   # ValueError: of JSON, and of what is not UTF-8

@@ -91,7 +91,7 @@ def orthogonalize_sharded(params, shards):
     0, 1, 2 in the order of their sizes, process 0 owns 0 and 2, process 1 owns 1.
     """
     mesh = params[0].device_mesh
-    group = mesh.get_group(mesh.ndim - 1)   # on several machines, each works for itself
+    group = mesh.get_group(mesh.ndim - 1)   # each machine orthogonalises its own copy
     N, rank = dist.get_world_size(group), dist.get_rank(group)
     sizes = [shard_sizes(p.shape, N) for p in params]       # sizes[i][r]: of matrix i on process r
     by_size = sorted(range(len(params)), key=lambda i: params[i].numel())

@@ -19,7 +19,7 @@ def tokens_per_step(run):
 
 
 def warn_of_slow_evaluation(c, gpt_config, place):
-    """Before any data is fetched: on a CPU, the defaults evaluate 10 million tokens, in silence."""
+    """Before any download. The default evaluation, of 10 million tokens, looks like a hang."""
     tokens = c.eval_iters * c.batch_size * gpt_config.block_size
     if place.device.type == "cpu" and tokens > 1_000_000:
         print(f"note: an evaluation reads up to {tokens:,} tokens, which takes GPT-2 124M hours on "

@@ -14,17 +14,18 @@ from pathlib import Path
 from plumbing.errors import InputError, as_input_error, first_line
 
 # Settings of nanoGPT that have no counterpart of the same name: what to do here instead
+WANDB = "every run writes metrics.csv, and docs/other_software.md sends it to W&B in five lines"
 OF_NANOGPT = {
-    "gradient_accumulation_steps": "batch_size is the sequences of a whole step, "
-                                   "micro_batch_size those held at once: how often gradients "
-                                   "accumulate follows",
+    "gradient_accumulation_steps": "batch_size counts the sequences of a whole step, "
+                                   "micro_batch_size those processed at once, and the number of "
+                                   "accumulation steps follows",
     "decay_lr": "the learning rate decays to min_lr, and stays constant if min_lr=learning_rate",
     "backend": "the device decides: NCCL on GPUs, gloo on CPUs",
     "always_save_checkpoint": "ckpt.pt is always the last state, best.pt the best one",
-    "wandb_log": "every run writes metrics.csv, and docs/settings.md sends it to W&B in five lines",
+    "wandb_log": WANDB,
+    "wandb_project": WANDB,
+    "wandb_run_name": WANDB,
 }
-for _name in ("wandb_project", "wandb_run_name"):
-    OF_NANOGPT[_name] = OF_NANOGPT["wandb_log"]
 
 
 def read_settings(argv, doc, *classes):

@@ -102,8 +102,8 @@ class Data:
     """
     One split of a prepared dataset as n sequences of block_size+1 tokens: block_size inputs, each
     with the token that follows it. A sequence is read from its file when it is asked for, so memory
-    does not grow with the data. (Not by a memory map: if the file is cut during the run, that ends
-    the process without a word.)
+    does not grow with the data. (Not by a memory map: if the file is truncated during the run, the
+    process dies without a message.)
     """
 
     def __init__(self, folder, meta, split, block_size, seed):

@@ -5,7 +5,7 @@ import requests
 import tiktoken
 
 from plumbing.downloads import DownloadError, reason
-from plumbing.errors import InputError, first_line
+from plumbing.errors import InputError
 
 # How text is split into pieces; byte pairs are merged within a piece. With StarCoder's rule every
 # digit is a piece of its own.
@@ -19,12 +19,13 @@ class Tokenizer:
     """
     spec is plain data, kept in meta.json and in every checkpoint. Its kinds:
 
-      {"kind": "gpt2"}                             GPT-2's byte pairs, which tiktoken knows
-      {"kind": "bpe", "split": "gpt2",             other byte pairs: a name in SPLITS, the id of
-       "vocab": {"Ġthe": 262, ...},                every token, spelled in byte_alphabet(), and of
-       "special": {"<|endoftext|>": 50256},        those that no text contains; the one that ends
-       "end": 50256}                               a text, or None
-      {"kind": "char", "chars": "\\n !$&..."}       a character's id is its index in the string
+      {"kind": "gpt2"}                         GPT-2's byte pairs, which tiktoken knows
+      {"kind": "bpe",                          other byte pairs:
+       "split": "gpt2",                        a name in SPLITS
+       "vocab": {"Ġthe": 262, ...},            token, spelled in byte_alphabet(): id
+       "special": {"<|endoftext|>": 50256},    special tokens, which encode() never returns
+       "end": 50256}                           the special token that ends a text, or None
+      {"kind": "char", "chars": "\\n !$&..."}   a character's id is its index in the string
 
     start   the id that begins a new text
     end     the id that ends a text, or None
@@ -43,7 +44,7 @@ class Tokenizer:
         elif kind == "bpe":
             self.bpe = other_bpe(spec)
             self.end = spec.get("end")
-        elif kind == "char" and isinstance(spec.get("chars"), str):
+        elif kind == "char" and is_alphabet(spec.get("chars")):
             self.chars = spec["chars"]
             self.id_of = np.full(0x110000, -1, dtype=np.int32)   # code point -> id, -1 = unknown
             self.id_of[code_points(self.chars)] = np.arange(len(self.chars))
@@ -54,15 +55,15 @@ class Tokenizer:
             )
         if self.bpe:
             self.vocab_size = self.bpe.n_vocab
-            self.start = self.end or 0
+            self.start = self.encode("\n")[0] if self.end is None else self.end
         else:
             self.vocab_size = len(self.chars)
             self.start = max(0, self.chars.find("\n"))
 
     def encode(self, text):
         """
-        Text -> list of ids. The name of a special token is text like any other. Raises InputError
-        for a character that has no id.
+        Text -> list of ids. Special tokens are not recognised: their names are encoded as ordinary
+        text. Raises InputError for a character that has no id.
         """
         if self.bpe:
             return self.bpe.encode_ordinary(text)
@@ -95,7 +96,7 @@ def gpt2_bpe():
     """GPT-2's vocabulary, which tiktoken downloads once and keeps."""
     try:
         return tiktoken.get_encoding("gpt2")
-    except (requests.RequestException, ValueError) as e:   # ValueError: of a wrong hash
+    except (requests.RequestException, ValueError) as e:   # ValueError: wrong hash
         raise DownloadError(
             f"the GPT-2 tokenizer is not on this machine and {reason(e)}. tiktoken fetches "
             "vocab.bpe and encoder.json from openaipublic.blob.core.windows.net: run once on a "
@@ -109,19 +110,32 @@ def other_bpe(spec):
     byte_of = {char: byte for byte, char in byte_alphabet().items()}
     try:
         ranks = {bytes(byte_of[c] for c in text): id for text, id in spec["vocab"].items()}
+        special = spec["special"]
+        # tiktoken checks none of this, and panics later
+        if sorted([*ranks.values(), *special.values()]) != list(range(len(ranks) + len(special))):
+            raise ValueError("its ids are not 0, 1, 2 and so on")
+        if any(bytes([byte]) not in ranks for byte in range(256)):
+            raise ValueError("it has no tokens for some bytes")
+        if spec["end"] not in (None, *special.values()):
+            raise ValueError(f"the end of a text, {spec['end']}, is not a special token")
         return tiktoken.Encoding("bpe", pat_str=SPLITS[spec["split"]], mergeable_ranks=ranks,
-                                 special_tokens=spec["special"])
+                                 special_tokens=special)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
-        raise InputError(f"the tokenizer is broken: {first_line(e)}") from None
+        raise InputError(f"the tokenizer cannot be used: {e!r:.100}") from None
+
+
+def is_alphabet(chars):
+    """Whether chars gives each character one id"""
+    return isinstance(chars, str) and len(chars) == len(set(chars))
 
 
 def same_tokenizer(a, b):
-    """Whether two specs give every text the same ids."""
+    """Whether two specs give every text the same ids, and end it with the same one."""
     if a == b:
         return True
+    if "char" in (a["kind"], b["kind"]):
+        return False
     a, b = Tokenizer(a), Tokenizer(b)
-    if not (a.bpe and b.bpe):
-        return False   # characters would have had equal specs
     split_a, split_b = (t.spec.get("split", "gpt2") for t in (a, b))
     return split_a == split_b and a.ranks() == b.ranks() and a.end == b.end
 

@@ -1,12 +1,13 @@
 """
 The tokenizer's files of a Hugging Face folder: tokenizer.json, or vocab.json and merges.txt, which
-are GPT-2's own. They are read only if tokenizer.py gives every text the same ids.
+are GPT-2's own. A tokenizer is refused unless tokenizer.py gives every text the same ids. (But for
+the names of special tokens, which others cut out of texts.)
 """
 
 import math
 from pathlib import Path
 
-from plumbing.errors import InputError, first_line
+from plumbing.errors import InputError
 from plumbing.json_files import read_json, write_json
 from plumbing.tokenizer import Tokenizer, byte_alphabet
 
@@ -40,42 +41,47 @@ def read_tokenizer(folder, end=None):
     """
     The tokenizer_spec of a folder, None if it has no tokenizer.
     end      the id that ends a text, by the folder's config.json
-    raises   InputError for a tokenizer that tokenizer.py would not copy exactly
+    raises   InputError for a tokenizer that tokenizer.py cannot reproduce exactly
     """
     folder = Path(folder)
-    settings = read_json(folder / "tokenizer_config.json")
+    settings = read_json(folder / "tokenizer_config.json") or {}
     data = read_json(folder / "tokenizer.json")
     vocab = read_json(folder / "vocab.json")
     try:
-        if settings and settings.get("add_prefix_space"):
-            raise ValueError("it puts a space before every text")
+        for key in ("add_prefix_space", "add_bos_token", "add_eos_token"):
+            if settings.get(key):
+                raise ValueError(f"tokenizer_config.json has {key}={settings[key]!r:.100}")
         if data is not None:
             return from_tokenizer_json(data, end)
         if vocab is not None:
-            return from_vocab_and_merges(folder, vocab, settings or {}, end)
+            return from_vocab_and_merges(folder, vocab, settings, end)
         if settings:
             raise ValueError("there is neither tokenizer.json nor vocab.json")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        problem = str(e) if isinstance(e, (OSError, ValueError)) else repr(e)
         raise InputError(
-            f"{folder}: its tokenizer is none that can be used here: {first_line(e)}; without its "
-            "files, tokenizer*.json and vocab.json, the weights alone can be loaded"
+            f"{folder}: its tokenizer cannot be used here: {problem:.200}; to load the weights "
+            "alone, remove tokenizer*.json and vocab.json"
         ) from None
     return None
 
 
 def from_tokenizer_json(data, end):
-    """tokenizer.json -> spec; ValueError and the like for what has no spec"""
+    """tokenizer.json -> spec. Raises ValueError and the like for what a spec cannot express."""
     model = data["model"]
     special = {}
     next_id = len(model["vocab"])
     for token in data.get("added_tokens") or []:
         text = token["content"]
         if not token["special"]:
-            raise ValueError(f"{text!r} is cut out of texts before they are tokenized")
+            raise ValueError(f"{text!r} is an added token that is not special")
         special[text] = model["vocab"].get(text, next_id)   # as the tokenizers library decides
         next_id += text not in model["vocab"]
         if token["id"] != special[text]:
-            raise ValueError(f"{text!r} has the id {token['id']}, and gets {special[text]}")
+            raise ValueError(
+                f"{text!r} has id {token['id']}, but the tokenizers library gives it id "
+                f"{special[text]}"
+            )
     if data.get("normalizer") is not None:
         raise ValueError("it changes the text (normalizer)")
     if model["type"] == "WordLevel":
@@ -87,7 +93,7 @@ def from_tokenizer_json(data, end):
         if model.get(key):
             raise ValueError(f"{key}={model[key]!r}")
     for key in ("post_processor", "decoder"):
-        if (data.get(key) or BYTE_LEVEL)["type"] != "ByteLevel":
+        if data.get(key) and data[key]["type"] != "ByteLevel":
             raise ValueError(f"its {key} is {data[key]['type']}")
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     return byte_pairs(split_of(data["pre_tokenizer"]), model["vocab"], merges, special, end)
@@ -101,7 +107,7 @@ def split_of(pre_tokenizer):
         name = "starcoder"
         steps = steps[1:]
     if len(steps) != 1 or BYTE_LEVEL | steps[0] | {"trim_offsets": True} != BYTE_LEVEL:
-        raise ValueError(f"it cuts texts by other rules (pre_tokenizer {pre_tokenizer!r:.100})")
+        raise ValueError(f"it splits text by other rules (pre_tokenizer {pre_tokenizer!r:.100})")
     return name
 
 
@@ -122,29 +128,27 @@ def from_vocab_and_merges(folder, vocab, settings, end):
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     merged = {"".join(pair) for pair in merges}
     special = {text: id for text, id in vocab.items() if len(text) > 1 and text not in merged}
-    special |= read_json(folder / "added_tokens.json") or {}
+    if (folder / "added_tokens.json").exists():
+        raise ValueError("added_tokens.json does not say which of its tokens are special")
     return byte_pairs("gpt2", vocab, merges, special, end)
 
 
 def byte_pairs(split, vocab, merges, special, end):
-    """A spec of kind "bpe", if tiktoken merges as merges, a list of pairs, says."""
-    if end not in special.values():
+    """A spec of kind "bpe". ValueError unless tiktoken merges as merges, a list of pairs, says."""
+    if type(end) is not int or end not in special.values():
         end = special.get("<|endoftext|>")
     vocab = {text: id for text, id in vocab.items() if text not in special}
     spec = {"kind": "bpe", "split": split, "vocab": vocab, "special": special, "end": end}
-    if sorted([*vocab.values(), *special.values()]) != list(range(len(vocab) + len(special))):
-        raise ValueError("its ids are not 0, 1, 2 and so on")
-    if not vocab.keys() >= set(byte_alphabet().values()):
-        raise ValueError("it has no tokens for some bytes")
-    # tiktoken merges the pair whose sum has the lowest id; the tokenizers library follows the list
-    # of merges. They agree on every text if they agree on how each token comes about.
+    # Of all neighbours, tiktoken merges those whose concatenation has the lowest id, the tokenizers
+    # library the pair that comes first in its list. They agree on every text if both merge each
+    # token from the same two parts, and the ids follow the order of the list.
     if list(map(list, merges)) != merges_of(Tokenizer(spec)):
         raise ValueError("its ids are not in the order of its merges")
     return spec
 
 
 def merges_of(tokenizer):
-    """The two parts that each token is merged from, as files spell them, in the order of the ids"""
+    """As files list merges: for each token, in the order of the ids, the two parts it is made of"""
     char = byte_alphabet()
     ranks = tokenizer.ranks()
     longer = sorted((token for token in ranks if len(token) > 1), key=ranks.get)

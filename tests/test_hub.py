@@ -12,8 +12,11 @@ import sample
 import train
 from model import GPT, GPTConfig
 from plumbing.hub import RELEASES
+from plumbing.huggingface import load_tokenizer
 from test_model import V, hf_gpt2, hf_starcoder2
 
+CONFIG = b"""{"model_type": "gpt2", "n_positions": 8, "vocab_size": 17, "n_layer": 1, "n_head": 2,
+             "n_embd": 16}"""
 MODELS = {
     "gpt2": hf_gpt2,
     "gpt_bigcode": lambda: hf_bigcode(SHAPES["wide"]),
@@ -117,17 +120,34 @@ def test_training_starts_from_a_repository(hub, capsys):
 
 @pytest.mark.parametrize("files, match", [
     ({}, "owner/name is not on this machine, and .*owner/name has no config.json"),
-    ({"config.json": b"{}"}, "has none of model.safetensors, .*pytorch_model.bin"),
-    ({"config.json": b"{}", "model.safetensors.index.json": b'{"weight_map": {"a": "b.st"}}'},
+    ({"config.json": CONFIG}, "has none of model.safetensors, .*pytorch_model.bin"),
+    ({"config.json": CONFIG, "model.safetensors.index.json": b'{"weight_map": {"a": "b.st"}}'},
      "lacks b.st, which its index names"),
-    ({"config.json": b"{}", "model.safetensors.index.json": b'{"weight_map": {"a": "../b"}}'},
+    ({"config.json": CONFIG, "model.safetensors.index.json": b'{"weight_map": {"a": "../b"}}'},
      "'../b' names no file beside it"),
     ({"config.json": b"[]", "model.safetensors": b"x"}, "config.json is broken"),
-], ids=["nothing", "no weights", "a part missing", "a part elsewhere", "no config"])
+    ({"config.json": b'{"model_type": "llama"}', "model.safetensors": b"x"}, "model_type='llama'"),
+], ids=["nothing", "no weights", "a part missing", "a part elsewhere", "no config", "a llama"])
 def test_repository_that_lacks_something_is_one_clear_line(hub, files, match):
     for name, body in files.items():
         Server.files[f"/owner/name/resolve/main/{name}"] = body
     fails(sample, "--init_from=owner/name", match=match)
+    assert "model.safetensors" not in asked() or b"gpt2" in files["config.json"]
+
+
+def test_path_is_not_taken_for_a_repository(hub):
+    Path("out").mkdir()
+    for name in ("out/mine", "./mine", "../mine", "out/mine/ckpt.pt"):
+        fails(sample, f"--init_from={name}", match=f"^error: {name}: not one of gpt2")
+    assert not Server.asked and not Path("checkpoints").exists()
+
+
+def test_tokenizer_alone_is_fetched_without_the_weights(hub):
+    save_with_characters(hf_gpt2(), "made")
+    publish("made", "owner/name")
+    assert load_tokenizer("owner/name")["kind"] == "char"
+    assert load_tokenizer("gpt2-xl") == {"kind": "gpt2"}
+    assert "model.safetensors" not in asked()
 
 
 def test_without_network_the_line_names_the_folder_that_is_not_there(monkeypatch):
@@ -187,7 +207,7 @@ def test_nanoGPT_has_GPT2s_tokens_or_an_unknown_vocabulary(vocab_size, spec):
 
 def test_what_a_checkpoint_of_nanoGPT_cannot_do_is_one_clear_line():
     nanogpt_checkpoint("out/ckpt.pt", 18)
-    fails(sample, "--init_from=out/ckpt.pt", match="has no tokenizer: docs/fine_tuning.md")
+    fails(sample, "--init_from=out/ckpt.pt", match="no tokenizer, so its 18 .*docs.fine_tuning")
     fails(train, "--dataset=tiny", "--init_from=resume",
           match="out/ckpt.pt is a checkpoint of nanoGPT.*--init_from=out/ckpt.pt and another")
     fails(train, "--dataset=tiny", "--init_from=out/ckpt.pt", "--out_dir=new",

@@ -344,13 +344,13 @@ def test_export_replaces_an_earlier_one(folder):
     {"use_swa": True, "window_size": (4, 5, 6), "bias": False},
 ], ids=["two key/value heads", "gqa+swa", "one head+swa", "rope+windows", "three windows"])
 def test_what_has_no_public_counterpart_cannot_be_exported(folder, switches):
-    with pytest.raises(InputError, match="no public architecture has this"):
+    with pytest.raises(InputError, match="none of gpt2, .* has use_rope="):
         tiny(**switches).save_pretrained(folder)
     assert not folder.exists()
 
 
 def test_windows_with_biases_in_q_k_and_v_cannot_be_exported(folder):
-    with pytest.raises(InputError, match="gpt_neo, whose q, k and v have no biases"):
+    with pytest.raises(InputError, match="its q, k and v have no biases"):
         tiny(**SWA).save_pretrained(folder)
     assert not folder.exists()
 

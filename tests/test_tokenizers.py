@@ -114,12 +114,10 @@ def test_vocab_json_and_merges_txt_are_read_as_tokenizer_json_is():
     expected = read_tokenizer(".")
     Path("tokenizer.json").unlink()
     theirs.model.save(".")
-    vocab = json.loads(Path("vocab.json").read_text(encoding="utf-8"))
     assert same_tokenizer(read_tokenizer("."), expected)
-    del vocab[END]   # newer folders keep it apart
-    write("vocab.json", vocab)
     write("added_tokens.json", {END: 0})
-    assert same_tokenizer(read_tokenizer("."), expected)
+    with pytest.raises(InputError, match="added_tokens.json"):
+        read_tokenizer(".")
 
 
 def test_end_of_text_is_what_config_json_says_if_it_is_a_special_token():
@@ -128,9 +126,11 @@ def test_end_of_text_is_what_config_json_says_if_it_is_a_special_token():
     assert read_tokenizer(".", end=1)["end"] == 1
     assert read_tokenizer(".", end=50256)["end"] == 2
     assert read_tokenizer(".", end=[1, 2])["end"] == 2
+    assert read_tokenizer(".", end=1.0)["end"] == 2
     trained(special=()).save("tokenizer.json")
     spec = read_tokenizer(".", end=1)
-    assert spec["end"] is None and Tokenizer(spec).start == 0
+    tokenizer = Tokenizer(spec)
+    assert tokenizer.end is None and [tokenizer.start] == tokenizer.encode("\n")
 
 
 @pytest.mark.parametrize("change, match", [
@@ -146,7 +146,7 @@ def test_end_of_text_is_what_config_json_says_if_it_is_a_special_token():
     (lambda d: d.update(post_processor={"type": "TemplateProcessing"}), "post_processor"),
     (lambda d: d.update(decoder={"type": "Metaspace"}), "decoder"),
     (lambda d: d["added_tokens"][0].update(special=False), "endoftext"),
-    (lambda d: d["added_tokens"][0].update(id=401), "gets 0"),
+    (lambda d: d["added_tokens"][0].update(id=401), "gives it id 0"),
     (lambda d: d["model"]["vocab"].update({"qq": 400}), "order of its merges"),
     (lambda d: d["model"]["merges"].reverse(), "order of its merges"),
     (lambda d: d["model"]["merges"].pop(), "order of its merges"),
@@ -183,6 +183,7 @@ def test_a_pair_that_only_tiktoken_would_merge_is_refused():
     ({"vocab.json": '{"a": 0}', "tokenizer_config.json": '{"tokenizer_class": "CTRLTokenizer"}'},
      "CTRLTokenizer"),
     ({"vocab.json": "{}", "tokenizer_config.json": '{"add_prefix_space": true}'}, "space"),
+    ({"vocab.json": "{}", "tokenizer_config.json": '{"add_bos_token": true}'}, "add_bos_token"),
 ])
 def test_other_files_are_refused_in_one_line(files, match):
     for name, text in files.items():
@@ -196,6 +197,8 @@ def test_other_files_are_refused_in_one_line(files, match):
     {"kind": "bpe", "split": "gpt2", "vocab": {}, "special": 3, "end": None},
     {"kind": "bpe", "split": "none", "vocab": {}, "special": {}, "end": None},
     {"kind": "bpe", "split": "gpt2", "vocab": {"日": 0}, "special": {}, "end": None},
+    {"kind": "bpe", "split": "gpt2", "vocab": {"a": 0, "b": 0}, "special": {}, "end": None},
+    {"kind": "char", "chars": "abca"},
     {"kind": "word"},
     None,
 ])
@@ -258,7 +261,7 @@ def test_GPT2s_files_are_those_of_the_release(gpt2_tokenizer):
 
 def test_where_none_is_known_the_export_says_so(capsys):
     GPT(GPTConfig(8, 17, 1, 2, 16)).save_pretrained("exported")
-    assert "exported has no tokenizer, because none is known" in capsys.readouterr().out
+    assert "no tokenizer was written to exported, because none is known" in capsys.readouterr().out
     assert GPT.from_pretrained("exported").tokenizer_spec is None
     assert not list(Path("exported").glob("*token*"))
 
