@@ -106,7 +106,7 @@ def test_killed_worker_restarts_the_group_which_continues_from_the_last_checkpoi
     argv = [*whole(mode, n, "out"), "--checkpoint_interval=5", "--init_from=auto"]
     options = ("--standalone", "--max-restarts=1")
     process = torchrun(HERE / "train.py", *argv, n=n, options=options)
-    read_until(process, "step 13/30")
+    read_until(process, "step 13/20")
     os.kill(workers(process)[1], signal.SIGKILL)
     out, ours = finish(process)
     assert process.returncode == 0, process.err
@@ -143,7 +143,7 @@ def test_run_killed_67_times_and_resumed_is_exact_to_the_bit(mode):
         flags.append("--fsdp")
     several = mode != "one"
     begin = functools.partial(torchrun, HERE / "train.py") if several else start
-    begin(*flags, "--out_dir=whole").communicate(timeout=600)
+    begin(*flags, "--out_dir=whole").communicate(timeout=1800)
     seed = time.time_ns()
     print(f"seed {seed}")   # shown if the test fails
     rng = random.Random(seed)
@@ -154,7 +154,7 @@ def test_run_killed_67_times_and_resumed_is_exact_to_the_bit(mode):
         died += process.returncode != 0
         if Path("out/ckpt.pt").exists():   # readable after every kill
             assert checkpoint()["step"] < 5000, f"it came to its end after {died} kills"
-    begin(*flags, "--init_from=auto").communicate(timeout=600)
+    begin(*flags, "--init_from=auto").communicate(timeout=1800)
     assert checkpoint()["step"] == 5000
     assert same_state(Path("out"), Path("whole"))
     assert val_losses() == val_losses("whole/metrics.csv")
