@@ -145,6 +145,7 @@ def test_fsdp_without_torchrun_names_the_right_command():
     fails(train, *TINY, "--fsdp", match=match)
 
 
+@pytest.mark.slow
 def test_missing_dataset_is_prepared_by_one_while_the_others_wait():
     shutil.rmtree("data/tiny")
     process = torchrun(PROGRAMS / "slow_preparation.py", *TINY)
@@ -154,6 +155,7 @@ def test_missing_dataset_is_prepared_by_one_while_the_others_wait():
     assert checkpoint()["step"] == 12
 
 
+@pytest.mark.slow
 def test_first_command_works_without_network(library):
     flags = [str(HERE / "config/shakespeare.py"), "--out_dir=out", *without(TINY, "dataset")]
     process = torchrun(PROGRAMS / "first_command.py", *flags)
@@ -176,18 +178,27 @@ def held(n, *flags):
     return sorted(map(json.loads, found), key=lambda part: part["rank"])
 
 
-@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_FSDP_holds_one_part_of_N_and_DDP_everything(n):
+def held_by_one_process():
+    """What a process holds that has everything, in bytes"""
     model = GPT(load_config([*LONGER, "--vocab_size=17"])[1])
     whole = 4 * model.num_params()
     steps = 4 * len(list(model.parameters()))   # AdamW counts the steps of each tensor in a float
-    ddp = {"parameters": whole, "gradients": whole, "optimizer": 2 * whole + steps}
-    assert held(n) == [{"rank": rank, **ddp} for rank in range(n)]
+    return {"parameters": whole, "gradients": whole, "optimizer": 2 * whole + steps}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4])
+def test_with_DDP_each_process_holds_everything(n):
+    assert held(n) == [{"rank": rank, **held_by_one_process()} for rank in range(n)]
+
+
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_with_FSDP_each_process_holds_one_part_of_N(n):
     fsdp = held(n, "--fsdp")
     assert [part["rank"] for part in fsdp] == list(range(n))
     for part in fsdp:
-        for key, size in ddp.items():   # the 17 rows of the embedding are not shared evenly
-            assert part[key] == pytest.approx(size / n, rel=0.1)
+        for key, size in held_by_one_process().items():
+            assert part[key] == pytest.approx(size / n, rel=0.1)   # 17 rows are not shared evenly
 
 
 def test_gradients_are_sent_once_per_step_however_many_parts_it_has():

@@ -49,7 +49,7 @@ def test_what_is_wrong_for_all_processes_is_said_once(argv, match):
 @pytest.mark.parametrize("fault, flags, match", [
     ("nan", [], "error: step [45]: loss nan"),
     pytest.param("nan", ["--fsdp"], "error: step [45]: loss nan", marks=pytest.mark.slow),
-    ("error", [], "error: only here"),
+    pytest.param("error", [], "error: only here", marks=pytest.mark.slow),
     ("memory", ["--fsdp"], "error: not enough memory"),
 ])
 def test_what_goes_wrong_on_one_rank_ends_all_with_its_one_line(fault, flags, match):
