@@ -21,6 +21,9 @@ A source that is already there (data/shakespeare/input.txt, data/fineweb/fineweb
 ...) is verified and used instead of a download.
 """
 
+if __name__ == "__main__":
+    import plumbing.ctrl_c  # noqa: F401, before the imports that take seconds
+
 import argparse
 import codecs
 import difflib
@@ -200,6 +203,8 @@ def prepare_text(folder, paths, tokenizer_kind):
     for path in paths:
         if not path.is_file():
             raise InputError(f"{path} is not a file: --input takes text files")
+        if path.resolve() in [(folder / name).resolve() for name in ("train.bin", "val.bin")]:
+            raise InputError(f"{path} would be overwritten: choose another --name")
     size = total_size(paths)
     if size == 0:
         names = ", ".join(str(path) for path in paths)
@@ -224,6 +229,8 @@ def prepare_text(folder, paths, tokenizer_kind):
                 f"{tokens['train']} training and {tokens['val']} validation tokens: this text is "
                 "too short to split"
             )
+        # An old description must not survive the files that it describes.
+        (folder / "meta.json").unlink(missing_ok=True)
     files = {"train": {"train.bin": tokens["train"]}, "val": {"val.bin": tokens["val"]}}
     write_meta(folder, tokenizer, dtype, files, sha256(paths))
 

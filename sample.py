@@ -9,6 +9,9 @@ Text from a trained model, shown as it is generated.
   python sample.py --init_from=gpt2 --dtype=bfloat16                half the memory, often faster
 """
 
+if __name__ == "__main__":
+    import plumbing.ctrl_c  # noqa: F401, before the imports that take seconds
+
 import argparse
 import codecs
 import sys

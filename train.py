@@ -23,9 +23,11 @@ Settings are the fields of TrainConfig and model.GPTConfig; a config file is pla
 some of them.
 """
 
+if __name__ == "__main__":
+    import plumbing.ctrl_c  # noqa: F401, before the imports that take seconds
+
 import functools
 import math
-import os
 import shlex
 import time
 from contextlib import nullcontext
@@ -60,7 +62,7 @@ from plumbing.processes import (
     rank0_first,
 )
 from plumbing.progress import Stopwatch
-from plumbing.run_folder import Metrics, checkpoint_of_run, checkpoint_to_resume, make_out_dir
+from plumbing.run_folder import Metrics, checkpoint_of_run, checkpoint_to_resume, writing_to
 from plumbing.settings import read_settings
 from plumbing.signals import StopSignals
 from plumbing.token_files import Data, check_tokenizer, load_meta
@@ -485,7 +487,7 @@ def what_is_due(step, c, stop, overdue):
     return evaluate_now, save, log
 
 
-def loop(run, announce_signals):
+def loop(run, under_torchrun):
     """Train until max_iters or a signal. Returns the name of the signal, or None."""
     c = run.c
     first_step = logged_step = run.step
@@ -494,10 +496,10 @@ def loop(run, announce_signals):
     # Signals and clocks differ between processes, so all decide together: if one saved while
     # another trained on, both would wait forever.
     any_rank = AnyRank()
-    with StopSignals(announce_signals) as signals:
+    with StopSignals(under_torchrun) as signals:
 
         def flags():
-            return signals.received is not None, time.monotonic() > save_by
+            return signals.received() is not None, time.monotonic() > save_by
 
         while True:   # a new run begins with an evaluation at step 0
             # The answer may be a step old, but not before an evaluation, which may take minutes.
@@ -520,7 +522,7 @@ def loop(run, announce_signals):
                     run.save(names)
                     save_by = time.monotonic() + 60 * c.checkpoint_minutes
                 if stop:
-                    return signals.received or "a signal"   # which another process received
+                    return signals.received() or "a signal"   # which another process received
                 if run.step >= c.max_iters:
                     return None
                 stopwatch.resume()
@@ -555,11 +557,8 @@ def train(asked, gpt_config, given, argv, group):
     if run.c.eval_only:
         print(f"validation loss {evaluate(run.net, run.val_data, run.c, run.place):.4f}")
         return
-    if group.rank == 0:
-        out_dir = Path(run.c.out_dir)
-        make_out_dir(out_dir, keep=run.step > 0)
-        run.metrics = Metrics(out_dir / "metrics.csv", resume_step=run.step or None)
-    stopped_by = loop(run, announce_signals=not group.under_torchrun)   # torchrun announces them
+    with writing_to(Path(run.c.out_dir), run.step, group.rank) as run.metrics:
+        stopped_by = loop(run, group.under_torchrun)
     if stopped_by:
         reporting.log_stop(run, stopped_by, argv)
     elif group.rank == 0:
@@ -581,13 +580,13 @@ def show_sample(run):
 
 
 def main(argv):
-    (c, gpt_config), given = read_settings(argv, __doc__, TrainConfig, GPTConfig)
-    if c.fsdp and "RANK" not in os.environ:
-        n = max(2, torch.cuda.device_count())
-        raise InputError(
-            f"--fsdp shards the model across several processes, which torchrun starts: torchrun "
-            f"--standalone --nproc_per_node={n} train.py {shlex.join(argv)}")
     with joined() as group:
+        (c, gpt_config), given = read_settings(argv, __doc__, TrainConfig, GPTConfig)
+        if c.fsdp and not group.under_torchrun:
+            n = max(2, torch.cuda.device_count())
+            raise InputError(
+                f"--fsdp shards the model across several processes, which torchrun starts: "
+                f"torchrun --standalone --nproc_per_node={n} train.py {shlex.join(argv)}")
         # A config file is Python and may decide by the machine it runs on: all use rank 0's values.
         c, gpt_config, given = decide_on_rank0(
             group, lambda: (asdict(c), asdict(gpt_config), given))   # plain values, sent as JSON
@@ -595,4 +594,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, needs_reader=False)

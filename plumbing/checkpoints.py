@@ -7,6 +7,7 @@ checkpoint from any of them can be loaded by any other, with any number of proce
 
 import pickle
 import sys
+import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -16,6 +17,10 @@ import torch.distributed as dist
 from plumbing.errors import InputError, first_line
 from plumbing.files import give_second_name, replacing
 
+STATES = {   # what each optimizer keeps of a parameter
+    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
+    "Muon": {"momentum_buffer"},
+}
 KEYS = {   # of a checkpoint, with the types of their values
     "model": dict,           # {name of a parameter: tensor}
     "optimizer": dict,       # {name of a parameter: {name of a state: tensor}}
@@ -71,6 +76,8 @@ def as_save_error(path):
     try:
         yield
     except (OSError, RuntimeError) as e:   # torch reports a full disk as either
+        while e.__context__ is not None and not isinstance(e, OSError):
+            e = e.__context__   # what torch made an error of its own of
         raise InputError(
             f"cannot save {path} ({first_line(e)}): what was there before is untouched; once the "
             "problem is fixed, continue with --init_from=auto"
@@ -117,15 +124,22 @@ def check_checkpoint(checkpoint, path):
 
 
 def all_tensors(values):
-    """Whether values is a dictionary that has a tensor under every name."""
+    """Whether values is a dictionary that has a plain tensor with numbers under every name."""
     if not isinstance(values, dict):
         return False
-    return all(type(k) is str and isinstance(t, torch.Tensor) for k, t in values.items())
+    return all(type(k) is str and is_plain(t) for k, t in values.items())
+
+
+def is_plain(t):
+    """Not sparse, quantized or without data, all of which a file can hold"""
+    return (type(t) is torch.Tensor and t.layout == torch.strided and t.device.type == "cpu"
+            and not t.is_quantized and not t.is_complex())
 
 
 def load_pickle(path, mmap=False):
     """What torch.save wrote, on the CPU. Raises InputError for what could run code when loaded."""
     try:
+        check_bytes(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise
@@ -139,6 +153,21 @@ def load_pickle(path, mmap=False):
         raise InputError(
             f"{path} is cut short or not a checkpoint: {first_line(e) or repr(e)}"
         ) from None
+
+
+def check_bytes(path):
+    """
+    torch.save writes a zip file with a checksum of each tensor, which torch.load does not look at.
+    ValueError if a byte is not what it was.
+    """
+    if not zipfile.is_zipfile(path):   # older than torch 1.6
+        return
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it is compressed, which torch.save never does")
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"its part {damaged} has changed since it was written")
 
 
 def restore(run, checkpoint, path):
@@ -167,11 +196,23 @@ def restore_optimizers(optimizers, model, states, path):
         raise InputError(f"{path}: the optimizer's state is not of this model")
     for optimizer in optimizers:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for p in parameters:
+            check_state(states[names[p]], p, STATES[type(optimizer).__name__], names[p], path)
         state = {}
         for i, p in enumerate(parameters):   # load_state_dict knows a parameter by this number
             state[i] = {key: shard_like(p, t) for key, t in states[names[p]].items()}
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def check_state(state, p, keys, name, path):
+    """InputError for a state of other shapes, with which an optimizer would write out of bounds"""
+    fits = all_tensors(state) and state.keys() == keys
+    for key, t in (state.items() if fits else ()):
+        shape = torch.Size() if key == "step" else p.shape
+        fits = fits and t.shape == shape and t.dtype == torch.float32 and t.is_contiguous()
+    if not fits:
+        raise InputError(f"{path}: the optimizer's state of {name} is broken")
 
 
 def shard_like(p, t):

@@ -1,5 +1,6 @@
 """Downloads: resumed where they stopped, verified before they appear under their name."""
 
+import json
 import os
 from pathlib import Path
 
@@ -43,6 +44,11 @@ def download(url, path, sha256sum=None):
         with request(url, part) as response:
             if response.status_code not in (200, 206):
                 raise refusal(url, path, response)
+            if "text/html" in response.headers.get("Content-Type", ""):   # a login page, perhaps
+                raise DownloadError(
+                    f"{url} answered with a web page instead of the file: open it in a browser, "
+                    "the network may want you to log in"
+                )
             sha256sum = sha256sum or hash_from_hub(response)
             total = receive(response, part)
     except requests.RequestException as e:
@@ -52,9 +58,14 @@ def download(url, path, sha256sum=None):
         raise DownloadError(
             f"{url}: the connection broke after {arrived:,} bytes: {CONTINUE}"
         ) from None
+    if size_of(part) == 0:
+        part.unlink()
+        raise DownloadError(f"{url} answered with an empty file; try again later")
     if total and size_of(part) != total:
         raise DownloadError(f"{url}: {size_of(part):,} of {total:,} bytes arrived: {CONTINUE}")
     mismatch = wrong_sha256(part, sha256sum)
+    if path.suffix == ".json" and not is_json(part):
+        mismatch = "no JSON in it"
     if mismatch:
         part.unlink()   # else the next call would continue from these bytes
         raise DownloadError(
@@ -95,6 +106,10 @@ def receive(response, part):
     """Write the body of response to part -> the size of the whole file, 0 if it is unknown"""
     # 206 means the bytes after those in part, 200 the whole file: not every server sends parts.
     have = size_of(part) if response.status_code == 206 else 0
+    found = response.headers.get("Content-Range", "")
+    if have and not found.startswith(f"bytes {have}-"):
+        part.unlink()
+        raise DownloadError(f"{response.url} sent other bytes than asked for ({found}): {CONTINUE}")
     missing = int(response.headers.get("Content-Length", 0))
     total = have + missing if missing else 0
     need_disk(part.parent, missing, f"downloading {part.stem}")
@@ -105,6 +120,14 @@ def receive(response, part):
             have += len(piece)
             progress(have)
     return total
+
+
+def is_json(path):
+    try:
+        json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def size_of(path):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -71,19 +72,41 @@ def report(line):
         f.write(json.dumps(message).encode())
 
 
-def run_script(main):
-    """main(sys.argv[1:]); an exception is explained on stderr and ends the script with status 1."""
+class Unbreakable:
+    """A stream that goes on into nothing when its reader, `head` for example, has ended."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            self.stream = open(os.devnull, "w", encoding="utf-8")
+            return len(text)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def run_script(main, needs_reader=True):
+    """
+    main(sys.argv[1:]); an exception is explained on stderr and ends the script with status 1.
+    needs_reader: end when nobody reads the output any more
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # after ctrl_c.py
     for stream in (sys.stdout, sys.stderr):
         # Without UTF-8 a Windows console lacks characters; without line buffering logs lag behind.
         if hasattr(stream, "reconfigure"):   # a notebook's streams lack it
             stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
+    if not needs_reader:
+        sys.stdout = Unbreakable(sys.stdout)
     try:
         main(sys.argv[1:])
-    except BrokenPipeError:   # whoever read our output, `head` for example, has seen enough
+    except BrokenPipeError:   # `head`, for example, has seen enough
         os._exit(0)
     except (Exception, KeyboardInterrupt) as e:
         line = explain(e)
         report(line)
-        if os.environ.get("LOCAL_RANK", "0") == "0":   # all processes fail alike here; one says why
-            print(line, file=sys.stderr)
+        print(line, file=sys.stderr)
         sys.exit(1)

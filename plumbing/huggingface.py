@@ -50,7 +50,9 @@ def load_pretrained(name_or_folder):
         return read_checkpoint(path)
     hf = read_json(path / "config.json")
     table, fields = read_config(hf, path / "config.json")
-    tensors = our_tensors(read_tensors(path), table, fields, path)
+    theirs = read_tensors(path)
+    check_size(fields, theirs, path)
+    tensors = our_tensors(theirs, table, fields, path)
     return fields, tensors, tokenizer_of_folder(path, hf), path
 
 
@@ -94,6 +96,7 @@ def read_checkpoint(path):
     if is_nanogpts(checkpoint):
         return read_nanogpt(checkpoint, path)
     check_checkpoint(checkpoint, path)
+    check_size(checkpoint["gpt_config"], checkpoint["model"], path)
     return checkpoint["gpt_config"], checkpoint["model"], checkpoint["tokenizer"], path
 
 
@@ -108,8 +111,27 @@ def read_nanogpt(checkpoint, path):
         name = name.removeprefix("_orig_mod.")   # of a compiled model
         if not name.endswith(".attn.bias"):      # a mask
             tensors[name.removeprefix("transformer.")] = t
+    check_size(fields, tensors, path)
     spec = {"kind": "gpt2"} if fields.get("vocab_size") in NANOGPT_BPE else None
     return fields, tensors, spec, path
+
+
+def check_size(fields, tensors, path):
+    """
+    InputError for the configuration of a far larger model than the tensors are, which would take
+    all memory before anything is found to be missing.
+    """
+    numbers = [fields.get(name) for name in ("n_layer", "vocab_size", "n_embd", "block_size")]
+    if not all(type(number) is int for number in numbers):
+        return   # GPTConfig says what is wrong
+    n_layer, vocab_size, n_embd, block_size = numbers
+    positions = 0 if fields.get("use_rope") else block_size
+    needed = (vocab_size + positions + 12 * n_layer * n_embd) * n_embd
+    if needed > 100 * sum(t.numel() for t in tensors.values()):
+        raise InputError(
+            f"{path}: its tensors are not those of a model with n_layer={n_layer}, "
+            f"n_embd={n_embd}, vocab_size={vocab_size} and block_size={block_size}"
+        )
 
 
 def tokenizer_of_folder(folder, hf):

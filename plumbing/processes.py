@@ -81,6 +81,8 @@ def joined():
         # a process that exits early breaks connections its peers still use
         wait_for_all(group, "end")
         status = 0
+    except SystemExit as e:   # of --help
+        status = e.code
     except BaseException as e:
         first_to_fail(group, e)
     finally:

@@ -4,22 +4,65 @@ import csv
 import itertools
 import os
 import time
+from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:   # Windows
+    fcntl = None
 
 from plumbing.errors import InputError
 from plumbing.files import replacing
 
 
-def make_out_dir(out, keep):
-    """Make the folder of a run. Unless keep, an earlier run's files move to old1/, old2/, ..."""
+@contextmanager
+def writing_to(out, step, rank):
+    """
+    The block in which a run at this step writes to its folder -> a Metrics for rank 0, else None.
+    What a new run finds there moves to old1/, old2/, ...
+    """
+    if rank > 0:
+        yield None
+        return
+    with locked(out):
+        if step == 0:
+            move_earlier_run(out)
+        yield Metrics(out / "metrics.csv", resume_step=step or None)
+
+
+@contextmanager
+def locked(out):
+    """
+    Make the folder of a run, and keep other runs out of it until the block ends, or the process,
+    however it ends. InputError if another run is in it.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(
             f"out_dir={out}: {e.strerror}; name a folder that can be created and written to"
         ) from None
+    if fcntl is None:   # Windows, which does not replace files that are open
+        yield
+        return
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"out_dir={out}: another run writes there, name another one") from None
+        except OSError:   # a disk without locks
+            pass
+        yield
+    finally:
+        os.close(folder)
+
+
+def move_earlier_run(out):
+    """Into old1, or old2, ..."""
     names = [name for name in ("ckpt.pt", "best.pt", "metrics.csv") if (out / name).exists()]
-    if keep or not names:
+    if not names:
         return
     for n in itertools.count(1):
         old = out / f"old{n}"

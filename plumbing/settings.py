@@ -54,7 +54,7 @@ def read_settings(argv, doc, *classes):
             name, value = read_flag(arg, args, kinds)
             from_flags[name] = value
         else:
-            for name, value in run_config_file(arg).items():
+            for name, value in run_config_file(arg, kinds).items():
                 from_files[name] = check(name, value, kinds, f"{arg}: ")
 
     values = from_files | from_flags
@@ -94,8 +94,11 @@ def parse(text):
         return text
 
 
-def run_config_file(path):
-    """Run a config file in a namespace of its own -> {name: value} of the plain values it sets."""
+def run_config_file(path, kinds):
+    """
+    Run a config file in a namespace of its own -> {name: value} of the plain values it sets, and of
+    all that have the name of a setting.
+    """
     try:
         source = Path(path).read_text(encoding="utf-8-sig")   # some editors add a byte-order mark
     except (OSError, UnicodeDecodeError) as e:
@@ -109,13 +112,15 @@ def run_config_file(path):
     namespace = {"__file__": path}
     try:
         exec(compile(source, path, "exec"), namespace)
-    except (Exception, SystemExit) as e:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:
         where = path
         line = line_of_error(e, path)
         if line:
             where += f", line {line}"
         raise InputError(f"{where}: {type(e).__name__}: {first_line(e)}") from None
-    return {k: v for k, v in namespace.items() if is_plain(k, v)}
+    return {k: v for k, v in namespace.items() if k in kinds or is_plain(k, v)}
 
 
 def is_plain(name, value):

@@ -6,16 +6,23 @@ import signal
 
 class StopSignals:
     """
-    `with StopSignals() as signals`: signals.received is None or the name of the first SIGINT or
+    `with StopSignals() as signals`: signals.received() is None or the name of the first SIGINT or
     SIGTERM that arrived. The end of the block restores the previous handlers. Main thread only.
 
-    announce   say on stderr that the signal has arrived; not under torchrun, which says so itself
+    under_torchrun   torchrun says by itself that a signal has arrived; and its own end, without
+                     which nobody could end this process any more, counts as a signal
     """
 
-    def __init__(self, announce=True):
-        self.announce = announce
-        self.received = None
+    def __init__(self, under_torchrun=False):
+        self.under_torchrun = under_torchrun
+        self.parent = os.getppid()
+        self.first = None
         self.handlers_before = {}
+
+    def received(self):
+        if self.first is None and self.under_torchrun and os.getppid() != self.parent:
+            self.first = "torchrun is gone"
+        return self.first
 
     def __enter__(self):
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -27,8 +34,8 @@ class StopSignals:
             signal.signal(number, handler)
 
     def on_signal(self, number, frame):
-        self.received = self.received or signal.Signals(number).name   # of two at once, the first
-        if self.announce:   # not by print, which this signal may have interrupted
+        self.first = self.first or signal.Signals(number).name   # of two at once, the first
+        if not self.under_torchrun:   # not by print, which this signal may have interrupted
             os.write(2, b"finishing this step; Ctrl-C once more stops at once\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         # Schedulers send SIGTERM to torchrun and to its processes, so it arrives here twice.

@@ -71,6 +71,8 @@ def server():
     Server.files = {"/f": bytes(range(256)) * 4000}
     Server.fault = None
     Server.cut_after = 300_000
+    Server.more_headers = {}
+    Server.content_range = None
     Server.asked = []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as httpd:
         threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()

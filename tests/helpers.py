@@ -196,6 +196,8 @@ class Server(http.server.BaseHTTPRequestHandler):
     files = {}
     fault = None   # None, a status such as 500, "cut" (the connection breaks) or "no ranges"
     cut_after = 300_000   # bytes
+    more_headers = {}      # of every answer with a body
+    content_range = None   # what it says instead of the truth
     asked = []     # of (path, header Range, header Authorization)
 
     def do_GET(self):
@@ -223,11 +225,15 @@ class Server(http.server.BaseHTTPRequestHandler):
         first = 0
         if "Range" in self.headers and self.fault != "no ranges":
             first = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-        if first >= len(body):
+        if first and first >= len(body):
             return self.send_error(416)
         self.send_response(206 if first else 200)
         if first:
-            self.send_header("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")
+            truth = f"bytes {first}-{len(body) - 1}/{len(body)}"
+            said = truth if self.content_range is None else self.content_range
+            self.send_header("Content-Range", said)
+        for name, value in self.more_headers.items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(body) - first))
         self.end_headers()
         last = first + self.cut_after if self.fault == "cut" else len(body)

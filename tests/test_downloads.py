@@ -123,3 +123,30 @@ def test_token_is_sent_to_the_hub_alone(server, monkeypatch):
     download(f"{server}/f", "f")
     download(f"{server.replace('127.0.0.1', 'localhost')}/f", "g")
     assert [token for path, asked_range, token in Server.asked] == ["Bearer secret", None]
+
+
+# ------------------------------------------------------------------------------------------------
+# What servers send instead
+
+@pytest.mark.parametrize("body, headers, match", [
+    (b"<html>log in</html>", {"Content-Type": "text/html; charset=utf-8"}, "a web page instead"),
+    (b"", {}, "an empty file"),
+    (b"<html>", {}, "no JSON in it"),
+])
+def test_other_things_than_the_file_are_refused_and_not_kept(server, body, headers, match):
+    Server.files["/config.json"] = body
+    Server.more_headers = headers
+    with pytest.raises(InputError, match=match):
+        download(f"{server}/config.json", "config.json")
+    assert not list(Path().glob("config.json*"))
+
+
+@pytest.mark.parametrize("content_range", ["bytes 0-99/1024000", "", "nonsense"])
+def test_other_bytes_than_asked_for_are_refused(server, content_range):
+    Path("f.part").write_bytes(Server.files["/f"][:1000])
+    Server.content_range = content_range
+    with pytest.raises(InputError, match="sent other bytes than asked for"):
+        download(f"{server}/f", "f", digest("/f"))
+    Server.content_range = None
+    download(f"{server}/f", "f", digest("/f"))
+    assert Path("f").read_bytes() == Server.files["/f"]

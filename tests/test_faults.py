@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import (
     TINY,
     checkpoint,
@@ -17,14 +18,19 @@ from helpers import (
     needs_linux,
     read_until,
     same_state,
+    same_weights,
     start,
     val_losses,
 )
 
+import prepare_data
+import sample
 import train
 from model import GPT
 from plumbing import reporting
-from plumbing.errors import report
+from plumbing.checkpoints import load_checkpoint as checkpoint_read
+from plumbing.errors import InputError, report
+from plumbing.run_folder import locked
 
 pytestmark = pytest.mark.usefixtures("short_sample")
 
@@ -168,3 +174,162 @@ def test_report_to_torchrun_appears_whole(monkeypatch):
 ])
 def test_resume_command_asks_to_resume_once(argv):
     assert reporting.without_init_from(argv) == ["a.py", "--seed=1"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Files that were damaged, or made to do damage
+
+def state_of(path):
+    saved = checkpoint(path)
+    return saved, saved["optimizer"]["h.0.attn.c_attn.weight"]
+
+
+@pytest.mark.parametrize("key, value", [
+    ("exp_avg", torch.zeros(1)),
+    ("exp_avg", torch.zeros(48, 16, dtype=torch.float64)),
+    ("exp_avg", torch.zeros(16, 48).T),
+    ("exp_avg_sq", torch.zeros(48, 16).to_sparse()),
+    ("step", torch.zeros(2)),
+    ("step", 3.0),
+    ("more", torch.zeros(48, 16)),
+])
+def test_state_of_an_optimizer_that_would_write_out_of_bounds_is_refused(key, value):
+    train.main([*TINY, "--max_iters=6"])
+    saved, state = state_of("out/ckpt.pt")
+    state[key] = value
+    torch.save(saved, "out/ckpt.pt")
+    fails(train, *TINY, "--init_from=resume", match="ckpt.pt: the optimizer's state of .* broken")
+
+
+def test_every_flipped_byte_of_a_checkpoint_is_noticed():
+    train.main([*TINY, "--max_iters=6"])
+    raw = Path("out/ckpt.pt").read_bytes()
+    rng = random.Random(1)
+    Path("out/best.pt").unlink()
+    for _ in range(40):
+        place = rng.randrange(len(raw))
+        Path("out/ckpt.pt").write_bytes(raw[:place] + bytes([raw[place] ^ 64]) + raw[place + 1:])
+        try:
+            found = checkpoint_read("out/ckpt.pt")
+        except InputError:
+            continue
+        Path("whole.pt").write_bytes(raw)   # it was in the padding between the tensors
+        assert same_weights(found, checkpoint_read("whole.pt")), place
+
+
+@pytest.mark.parametrize("field, value", [
+    ("n_layer", 10**6), ("n_layer", 10**12), ("n_embd", 10**6), ("vocab_size", 10**9),
+    ("block_size", 10**9),
+])
+def test_configuration_of_a_giant_beside_small_weights_is_refused_at_once(field, value):
+    train.main([*TINY, "--max_iters=6"])
+    GPT.from_pretrained("out").save_pretrained("exported")
+    saved = checkpoint("out/best.pt")
+    saved["gpt_config"][field] = value
+    torch.save(saved, "out/best.pt")
+    fails(sample, "--out_dir=out", match=f"best.pt: its tensors are not .*{field}={value}")
+
+    name = {"n_layer": "n_layer", "n_embd": "n_embd", "vocab_size": "vocab_size",
+            "block_size": "n_positions"}[field]
+    config = json.loads(Path("exported/config.json").read_text())
+    config |= {name: value, "n_inner": None}
+    Path("exported/config.json").write_text(json.dumps(config))
+    fails(sample, "--init_from=exported", match="exported: its tensors are not those of a model")
+
+
+@pytest.mark.parametrize("name, tensor", [
+    ("wte.weight", torch.zeros(17, 16).to_sparse()),
+    ("wte.weight", torch.zeros(17, 16, device="meta")),
+    ("wte.weight", torch.quantize_per_tensor(torch.zeros(17, 16), 1.0, 0, torch.qint8)),
+    ("wte.weight", torch.zeros(17, 16, dtype=torch.complex64)),
+], ids=["sparse", "meta", "quantized", "complex"])
+def test_tensors_of_other_kinds_are_refused(name, tensor):
+    train.main([*TINY, "--max_iters=6"])
+    saved = checkpoint("out/best.pt")
+    saved["model"][name] = tensor
+    torch.save(saved, "out/best.pt")
+    fails(sample, "--out_dir=out", match="best.pt")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows keeps files from being replaced")
+def test_second_run_in_a_folder_is_refused_and_a_later_one_is_not():
+    with locked(Path("out")):
+        fails(train, *TINY, match="out_dir=out: another run writes there")
+        assert not list(Path("out").iterdir())
+    train.main([*TINY, "--max_iters=1"])
+    train.main([*TINY, "--max_iters=1"])
+
+
+def test_token_file_that_is_cut_during_the_run_ends_it(monkeypatch):
+    step = train.train_step
+
+    def cut(*args):
+        os.truncate("data/tiny/train.bin", 100)
+        return step(*args)
+    monkeypatch.setattr(train, "train_step", cut)
+    fails(train, *TINY, match="train.bin has become shorter")
+
+
+# ------------------------------------------------------------------------------------------------
+# Preparing data over data
+
+def test_old_description_does_not_survive_new_token_files(monkeypatch):
+    """Killed between the two, prepare_data leaves a folder that says that it is incomplete."""
+    def killed(*args, **options):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(prepare_data, "write_meta", killed)
+    Path("new.txt").write_text("another text, of other characters " * 90)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_data.main(["--input", "new.txt", "--name", "tiny"])
+    fails(train, *TINY, match="data/tiny has .bin files but no meta.json")
+
+
+def test_input_that_would_be_overwritten_is_refused():
+    before = Path("data/tiny/train.bin").read_bytes()
+    fails(prepare_data, "--input", "data/tiny/train.bin", "--name", "tiny",
+          match="train.bin would be overwritten")
+    assert Path("data/tiny/train.bin").read_bytes() == before
+    assert Path("data/tiny/meta.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# Config files and outputs
+
+@pytest.mark.parametrize("source, match", [
+    ("learning_rate = lambda step: 1e-3", "own.py: learning_rate=<function .* is of type function"),
+    ("n_layer = int", "own.py: n_layer=<class 'int'> is of type type"),
+    ("import math as seed", "own.py: seed=<module 'math'.* is of type module"),
+    ("raise BaseException('no')", "own.py, line 1: BaseException: no"),
+    ("raise GeneratorExit", "own.py, line 1: GeneratorExit"),
+])
+def test_settings_that_are_no_plain_values_are_refused(source, match):
+    Path("own.py").write_text(source)
+    fails(train, *TINY, "own.py", match=match)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes differ there")
+def test_training_goes_on_when_nobody_reads_its_output():
+    process = start(*TINY, "--log_interval=1")
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=100) == 0 and process.stderr.read() == ""
+    assert checkpoint()["step"] == 12
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals differ there")
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.1 * tenth for tenth in range(1, 21)])
+@pytest.mark.parametrize("script, argv", [
+    ("train.py", [*TINY, "--max_iters=100000", "--eval_interval=100000", "--log_interval=100000"]),
+    ("sample.py", ["--out_dir=out", "--max_new_tokens=1000000"]),
+    ("prepare_data.py", ["--input", "text.txt", "--name", "x"]),
+])
+def test_Ctrl_C_at_any_moment_is_one_line(script, argv, seconds):
+    train.main([*TINY, "--max_iters=1"])
+    Path("text.txt").write_text("many words " * 10**7)
+    process = start(*argv, script=script)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=100)
+    lines = [line for line in err.splitlines() if not line.startswith("device:")]
+    assert len(lines) == 1 and "Traceback" not in err, err

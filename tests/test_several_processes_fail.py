@@ -99,6 +99,31 @@ def test_SIGTERM_to_torchrun_saves_and_every_worker_exits_0(flags):
     assert Path("left-0").read_text() == Path("left-1").read_text() == "0"
 
 
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+
+
+@needs_linux
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+def test_workers_save_and_end_when_torchrun_is_killed(flags):
+    argv = [*TINY, *flags, "--max_iters=1000000", "--eval_interval=1000000", "--log_interval=1"]
+    process = torchrun(HERE / "train.py", *argv)
+    read_until(process, "step 30/")
+    left = workers(process)
+    process.kill()
+    deadline = time.monotonic() + 15
+    while any(is_alive(pid) for pid in left):
+        assert time.monotonic() < deadline, "a worker trains on"
+        time.sleep(0.1)
+    process.communicate()
+    assert checkpoint()["step"] >= 30
+
+
 @needs_linux
 @pytest.mark.parametrize("mode", ["ddp3", pytest.param("fsdp3", marks=pytest.mark.slow)])
 def test_killed_worker_restarts_the_group_which_continues_from_the_last_checkpoint(modes, mode):
