@@ -573,17 +573,17 @@ def require(condition, message):
 
 
 def is_count(value):
-    return isinstance(value, int) and value >= 1
+    return isinstance(value, int) and 1 <= value < 2**31
 
 
 def check_config(c):
     for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
         value = getattr(c, name)
-        require(is_count(value), f"{name}={value!r} must be a positive integer")
+        require(is_count(value), f"{name}={value!r} must be a positive integer below 2**31")
     require(c.n_embd % c.n_head == 0, f"n_embd={c.n_embd} must be divisible by n_head={c.n_head}")
     require(0 <= c.dropout < 1, f"dropout={c.dropout} must be from 0 to less than 1")
 
-    require(c.rope_theta > 0, f"rope_theta={c.rope_theta} must be positive")
+    require(0 < c.rope_theta < 1e30, f"rope_theta={c.rope_theta} must be positive, below 1e30")
     require(c.use_rope or c.rope_theta == GPTConfig.rope_theta,
             f"rope_theta={c.rope_theta} only applies when use_rope=True")
     D = c.n_embd // c.n_head
@@ -607,7 +607,8 @@ def check_config(c):
 
 
 def check_sampling(temperature, top_k, top_p):
-    require(temperature >= 0, f"temperature={temperature} must be 0 (greedy) or more")
+    in_range = temperature == 0 or temperature >= 1e-40   # less would be 0 in float32
+    require(in_range, f"temperature={temperature} must be 0 (greedy) or at least 1e-40")
     require(top_k is None or top_k >= 1, f"top_k={top_k} must be at least 1, or None to keep all")
-    in_range = top_p is None or 0 < top_p <= 1
-    require(in_range, f"top_p={top_p} must be greater than 0 and at most 1")
+    in_range = top_p is None or 1e-40 <= top_p <= 1
+    require(in_range, f"top_p={top_p} must be greater than 0 (at least 1e-40) and at most 1")

@@ -119,6 +119,8 @@ def check_checkpoint(checkpoint, path):
     for key, kind in KEYS.items():
         if not isinstance(checkpoint.get(key), kind):
             raise InputError(f"{path} is not a checkpoint of train.py: {key} is missing or broken")
+    if checkpoint["step"] < 0:
+        raise InputError(f"{path} is not a checkpoint of train.py: step={checkpoint['step']}")
     if not all_tensors(checkpoint["model"]):
         raise InputError(f"{path} is not a checkpoint of train.py: model holds more than tensors")
 

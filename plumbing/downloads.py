@@ -51,7 +51,9 @@ def download(url, path, sha256sum=None):
                 )
             sha256sum = sha256sum or hash_from_hub(response)
             total = receive(response, part)
-    except requests.RequestException as e:
+    except DownloadError:
+        raise
+    except (requests.RequestException, ValueError) as e:   # ValueError: nonsense in an address
         arrived = size_of(part)
         if arrived == 0:
             raise DownloadError(f"cannot fetch {url}: {reason(e)}; {alternatives(path)}") from None
@@ -110,7 +112,8 @@ def receive(response, part):
     if have and not found.startswith(f"bytes {have}-"):
         part.unlink()
         raise DownloadError(f"{response.url} sent other bytes than asked for ({found}): {CONTINUE}")
-    missing = int(response.headers.get("Content-Length", 0))
+    length = response.headers.get("Content-Length", "")
+    missing = int(length) if length.isdigit() else 0
     total = have + missing if missing else 0
     need_disk(part.parent, missing, f"downloading {part.stem}")
     progress = Progress(f"downloading {part.stem}", total, have)

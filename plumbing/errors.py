@@ -40,7 +40,10 @@ def as_input_error():
 
 def first_line(e):
     """The first line of an exception's message; torch's often go on for many."""
-    lines = str(e).splitlines()
+    try:
+        lines = str(e).splitlines()
+    except Exception:   # an exception of a config file can do anything
+        lines = []
     return lines[0] if lines else ""
 
 
@@ -53,6 +56,8 @@ def explain(e):
     out_of_memory = isinstance(e, (MemoryError, torch.OutOfMemoryError))
     if out_of_memory or (isinstance(e, RuntimeError) and "allocate" in str(e)):
         return NOT_ENOUGH_MEMORY
+    if "probability tensor contains" in str(e):   # torch.multinomial
+        return "error: what the model computes is not finite: its weights are damaged or diverged"
     if isinstance(e, dist.DistNetworkError) or re.search(PEER_LOST, str(e)):
         return (
             f"error: another process is gone ({first_line(e):.200}); continue from the last "

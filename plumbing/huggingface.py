@@ -76,6 +76,8 @@ def find(name_or_folder, weights=True):
     """The path of the checkpoint or of the Hugging Face folder, which is fetched if need be"""
     path = Path(name_or_folder)
     name = str(name_or_folder)
+    if path.suffix == ".safetensors":
+        raise InputError(f"{name}: give its folder, which has config.json too")
     if path.is_file() or (path / "config.json").exists():
         return path
     checkpoint = checkpoint_of_run(path)
@@ -127,7 +129,7 @@ def check_size(fields, tensors, path):
     n_layer, vocab_size, n_embd, block_size = numbers
     positions = 0 if fields.get("use_rope") else block_size
     needed = (vocab_size + positions + 12 * n_layer * n_embd) * n_embd
-    if needed > 100 * sum(t.numel() for t in tensors.values()):
+    if needed > 10**8 + 100 * sum(t.numel() for t in tensors.values()):
         raise InputError(
             f"{path}: its tensors are not those of a model with n_layer={n_layer}, "
             f"n_embd={n_embd}, vocab_size={vocab_size} and block_size={block_size}"

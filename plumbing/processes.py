@@ -40,7 +40,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from plumbing.errors import InputError, explain, report
+from plumbing.errors import InputError, explain, first_line, report
 
 FROM_TORCHRUN = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 POLL_SECONDS = 0.02
@@ -97,7 +97,13 @@ def join():
             f"RANK is set without {', '.join(missing)}: start several processes with torchrun, "
             "which sets all of these; for a single process, unset RANK"
         )
-    store, rank, world = next(rendezvous("env://"))
+    try:
+        store, rank, world = next(rendezvous("env://"))
+    except ValueError as e:
+        raise InputError(
+            f"the environment does not say how to meet the other processes: {first_line(e)}; start "
+            "them with torchrun, which sets it"
+        ) from None
     store = dist.PrefixStore(agree(store, rank, world), store)
     # Both backends by name: all_reduce() sends CPU tensors, DDP and FSDP send GPU tensors, and
     # without names torch makes a backend for only one of them.

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import math
 import os
 import time
 from contextlib import contextmanager
@@ -39,9 +40,11 @@ def locked(out):
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
+    except (OSError, ValueError) as e:   # ValueError: characters that no name can have
+        name = str(out) if str(out).isprintable() else repr(str(out))
         raise InputError(
-            f"out_dir={out}: {e.strerror}; name a folder that can be created and written to"
+            f"out_dir={name}: {getattr(e, 'strerror', e)}; name a folder that can be created and "
+            "written to"
         ) from None
     if fcntl is None:   # Windows, which does not replace files that are open
         yield
@@ -98,6 +101,15 @@ def checkpoint_to_resume(out_dir, init_from):
     return None
 
 
+def is_whole(row):
+    """Whether all cells of a row of metrics.csv are there, and numbers if not empty"""
+    try:
+        int(row["step"])
+        return all(math.isfinite(float(cell or 0)) for cell in row.values())
+    except (TypeError, ValueError):
+        return False
+
+
 class Metrics:
     """
     metrics.csv: one row per printed line, with empty fields for what that line does not have.
@@ -137,8 +149,7 @@ class Metrics:
             return []
         rows = []
         for row in table:
-            complete = None not in row.values() and row["step"].isdigit()
-            if complete and self.is_before(row, step):
+            if is_whole(row) and self.is_before(row, step):
                 rows.append({field: row[field] for field in self.FIELDS})
         return rows
 

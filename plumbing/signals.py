@@ -1,13 +1,17 @@
-"""Ctrl-C and SIGTERM end a run after the step it is in; a second Ctrl-C ends it at once."""
+"""Ctrl-C, SIGTERM and SIGHUP end a run after its step; a second Ctrl-C ends it at once."""
 
 import os
 import signal
 
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP"):   # the terminal was closed; Windows has none
+    SIGNALS.append(signal.SIGHUP)
+
 
 class StopSignals:
     """
-    `with StopSignals() as signals`: signals.received() is None or the name of the first SIGINT or
-    SIGTERM that arrived. The end of the block restores the previous handlers. Main thread only.
+    `with StopSignals() as signals`: signals.received() is None or the name of the first of
+    SIGNALS that arrived. The end of the block restores the previous handlers. Main thread only.
 
     under_torchrun   torchrun says by itself that a signal has arrived; and its own end, without
                      which nobody could end this process any more, counts as a signal
@@ -25,7 +29,9 @@ class StopSignals:
         return self.first
 
     def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
+            if signal.getsignal(number) == signal.SIG_IGN:   # by nohup, for example
+                continue
             self.handlers_before[number] = signal.signal(number, self.on_signal)
         return self
 

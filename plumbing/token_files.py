@@ -50,15 +50,17 @@ def load_meta(folder):
         meta = json.loads(path.read_text(encoding="utf-8"))
         tokenizer_size = Tokenizer(meta["tokenizer"]).vocab_size
         vocab_size = meta["vocab_size"]
-        bytes_per_token = np.dtype(meta["dtype"]).itemsize
+        bytes_per_token = {"uint16": 2, "uint32": 4}[meta["dtype"]]
         sizes = []
         for file, tokens in [*meta["train"].items(), *meta["val"].items()]:
-            sizes.append((file, meta["header_bytes"] + tokens * bytes_per_token))
+            if Path(file).name != file or type(tokens) is not int or tokens < 0:
+                raise ValueError(f"{file!r} with {tokens!r} tokens")
+            sizes.append((file, int(meta["header_bytes"]) + tokens * bytes_per_token))
     except FileNotFoundError:
         raise InputError(f"{path} is missing: {PREPARE_AGAIN}") from None
     except DownloadError:   # of the GPT-2 tokenizer
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(f"{path} is broken ({e!r:.100}): {PREPARE_AGAIN}") from None
     if vocab_size != tokenizer_size:
         raise InputError(

@@ -333,3 +333,96 @@ def test_Ctrl_C_at_any_moment_is_one_line(script, argv, seconds):
     out, err = process.communicate(timeout=100)
     lines = [line for line in err.splitlines() if not line.startswith("device:")]
     assert len(lines) == 1 and "Traceback" not in err, err
+
+
+# ------------------------------------------------------------------------------------------------
+# What was a traceback once
+
+@pytest.mark.parametrize("argv, match", [
+    (["--n_layer=99999999999"], "n_layer=99999999999 must be a positive integer below"),
+    (["--block_size=9223372036854775808"], "block_size=9223372036854775808 must be"),
+    (["--max_iters=1e999"], "max_iters=inf is of type float"),
+    (["--learning_rate=nan"], "learning_rate='nan' is of type str"),
+    (["--use_rope", "--rope_theta=1e999"], "rope_theta=inf must be"),
+    (["--out_dir=a\0b"], "out_dir=.*null"),
+    (["--out_dir=a\ud800"], "out_dir=.*surrogates"),
+])
+def test_numbers_and_names_beyond_all_bounds_are_one_clear_line(argv, match):
+    fails(train, *TINY, *argv, match=match)
+
+
+def test_exception_that_cannot_even_be_printed_is_one_clear_line():
+    Path("own.py").write_text("class E(Exception):\n    __str__ = None\nraise E\n")
+    fails(train, "own.py", match="own.py, line 3: E: ")
+
+
+@pytest.mark.parametrize("change, match", [
+    ({"dtype": "float32"}, "is broken"),
+    ({"dtype": "int16"}, "is broken"),
+    ({"train": {"train.bin": 2448.0}}, "is broken"),
+    ({"train": {"../tiny/train.bin": 2448}}, "is broken"),
+    ({"header_bytes": "many"}, "is broken"),
+    ({"tokenizer": {"kind": "char", "chars": "aa"}}, "is broken|unknown tokenizer"),
+    ({"tokenizer": {"kind": "bpe", "vocab": {}}}, "is broken|tokenizer"),
+])
+def test_meta_json_that_cannot_be_is_one_clear_line(change, match):
+    path = Path("data/tiny/meta.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    fails(train, *TINY, match=match)
+
+
+def test_json_that_is_too_deep_is_one_clear_line():
+    Path("data/tiny/meta.json").write_text("[" * 100_000)
+    fails(train, *TINY, match="meta.json is broken")
+
+
+@pytest.mark.parametrize("key, value", [
+    ("step", -1), ("tokenizer", {"kind": "word"}), ("gpt_config", {"n_layer": "two"}),
+    ("gpt_config", {"n_layer": 2, "legs": 4}), ("model", {"wte.weight": [1.0]}),
+])
+def test_checkpoint_with_values_of_other_kinds_is_one_clear_line(key, value):
+    train.main([*TINY, "--max_iters=6"])
+    saved = checkpoint("out/best.pt")
+    saved[key] = value
+    torch.save(saved, "out/best.pt")
+    fails(sample, "--out_dir=out", match="best.pt|tokenizer")
+
+
+def test_weights_that_are_not_numbers_are_one_clear_line():
+    train.main([*TINY, "--max_iters=6"])
+    saved = checkpoint("out/best.pt")
+    saved["model"]["ln_f.weight"].fill_(float("nan"))
+    torch.save(saved, "out/best.pt")
+    fails(sample, "--out_dir=out", match="not finite: its weights are damaged")
+
+
+def test_file_of_weights_is_answered_with_its_folder():
+    Path("weights").mkdir()
+    Path("weights/model.safetensors").touch()
+    fails(sample, "--init_from=weights/model.safetensors", match="give its folder")
+
+
+@pytest.mark.parametrize("cell", ["x", "1e", "nan", "--"])
+def test_metrics_with_cells_that_do_not_parse_do_not_stop_a_good_checkpoint(cell):
+    train.main([*TINY, "--max_iters=6"])
+    path = Path("out/metrics.csv")
+    path.write_text(path.read_text() + f"6,192,,,,,,{cell}\n")
+    train.main([*TINY, "--init_from=resume"])
+    assert checkpoint()["step"] == 12
+
+
+@pytest.mark.parametrize("name, value", [
+    ("RANK", "x"), ("WORLD_SIZE", "many"), ("MASTER_PORT", "door"),
+])
+def test_environment_of_nonsense_is_one_clear_line(name, value, monkeypatch):
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for key, good in (environment | {name: value}).items():
+        monkeypatch.setenv(key, good)
+    fails(train, *TINY, match="how to meet the other processes")
+
+
+@pytest.mark.parametrize("flag", ["--temperature=1e-320", "--top_p=1e-320"])
+def test_sampling_with_numbers_that_vanish_is_one_clear_line(flag):
+    train.main([*TINY, "--max_iters=1"])
+    fails(sample, "--out_dir=out", flag, match=flag.removeprefix("--").split("=")[0])
