@@ -119,6 +119,11 @@ def check_checkpoint(checkpoint, path):
     for key, kind in KEYS.items():
         if not isinstance(checkpoint.get(key), kind):
             raise InputError(f"{path} is not a checkpoint of train.py: {key} is missing or broken")
+    for key in ("gpt_config", "train_config"):
+        for name, value in checkpoint[key].items():
+            values = value if isinstance(value, (tuple, list)) else [value]
+            if not all(isinstance(v, (str, int, float, type(None))) for v in (name, *values)):
+                raise InputError(f"{path} is not a checkpoint of train.py: {key} is broken")
     if checkpoint["step"] < 0:
         raise InputError(f"{path} is not a checkpoint of train.py: step={checkpoint['step']}")
     if not all_tensors(checkpoint["model"]):

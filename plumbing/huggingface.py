@@ -129,7 +129,7 @@ def check_size(fields, tensors, path):
     n_layer, vocab_size, n_embd, block_size = numbers
     positions = 0 if fields.get("use_rope") else block_size
     needed = (vocab_size + positions + 12 * n_layer * n_embd) * n_embd
-    if needed > 10**8 + 100 * sum(t.numel() for t in tensors.values()):
+    if needed > 10**7 + 100 * sum(t.numel() for t in tensors.values()):
         raise InputError(
             f"{path}: its tensors are not those of a model with n_layer={n_layer}, "
             f"n_embd={n_embd}, vocab_size={vocab_size} and block_size={block_size}"

@@ -103,9 +103,10 @@ def checkpoint_to_resume(out_dir, init_from):
 
 def is_whole(row):
     """Whether all cells of a row of metrics.csv are there, and numbers if not empty"""
+    cells = list(row.values())
     try:
         int(row["step"])
-        return all(math.isfinite(float(cell or 0)) for cell in row.values())
+        return None not in cells and all(math.isfinite(float(cell or 0)) for cell in cells)
     except (TypeError, ValueError):
         return False
 

@@ -50,12 +50,15 @@ def load_meta(folder):
         meta = json.loads(path.read_text(encoding="utf-8"))
         tokenizer_size = Tokenizer(meta["tokenizer"]).vocab_size
         vocab_size = meta["vocab_size"]
+        header_bytes = meta["header_bytes"]
+        if type(vocab_size) is not int or type(header_bytes) is not int or header_bytes < 0:
+            raise ValueError(f"vocab_size={vocab_size!r}, header_bytes={header_bytes!r}")
         bytes_per_token = {"uint16": 2, "uint32": 4}[meta["dtype"]]
         sizes = []
         for file, tokens in [*meta["train"].items(), *meta["val"].items()]:
             if Path(file).name != file or type(tokens) is not int or tokens < 0:
                 raise ValueError(f"{file!r} with {tokens!r} tokens")
-            sizes.append((file, int(meta["header_bytes"]) + tokens * bytes_per_token))
+            sizes.append((file, header_bytes + tokens * bytes_per_token))
     except FileNotFoundError:
         raise InputError(f"{path} is missing: {PREPARE_AGAIN}") from None
     except DownloadError:   # of the GPT-2 tokenizer

@@ -133,7 +133,7 @@ def same_tokenizer(a, b):
     """Whether two specs give every text the same ids, and end it with the same one."""
     if a == b:
         return True
-    if "char" in (a["kind"], b["kind"]):
+    if "char" in (a.get("kind"), b.get("kind")):
         return False
     a, b = Tokenizer(a), Tokenizer(b)
     split_a, split_b = (t.spec.get("split", "gpt2") for t in (a, b))
