@@ -68,7 +68,7 @@ def test_full_disk_on_rank_0_ends_all_and_leaves_the_previous_checkpoint_whole()
     assert Path("out/ckpt.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("other_has_one", [True, False])
+@pytest.mark.parametrize("other_has_one", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_machines_that_see_different_checkpoints_are_told(other_has_one):
     shutil.copytree("data", "elsewhere/data")
     train.main([*TINY, "--max_iters=6"])
