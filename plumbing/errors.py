@@ -50,7 +50,8 @@ def first_line(e):
 def explain(e):
     """An exception -> one line with the problem and the fix, or the whole traceback of a bug."""
     if isinstance(e, (InputError, OSError)):
-        return f"error: {e}"
+        # one line, whatever a file that it quotes may hold
+        return "error: " + " ".join("".join(c if c.isprintable() else " " for c in str(e)).split())
     if isinstance(e, KeyboardInterrupt):
         return "interrupted"
     out_of_memory = isinstance(e, (MemoryError, torch.OutOfMemoryError))

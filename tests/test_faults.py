@@ -353,7 +353,7 @@ def test_numbers_and_names_beyond_all_bounds_are_one_clear_line(argv, match):
 
 def test_exception_that_cannot_even_be_printed_is_one_clear_line():
     Path("own.py").write_text("class E(Exception):\n    __str__ = None\nraise E\n")
-    fails(train, "own.py", match="own.py, line 3: E: ")
+    fails(train, "own.py", match="own.py, line 3: E:")
 
 
 @pytest.mark.parametrize("change, match", [
