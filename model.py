@@ -153,10 +153,6 @@ def attend_in_blocks(q, k, v, window, dropout=0.0):
     The sequence is split into blocks of W tokens. Everything that a block may see lies in the
     block itself and the one before it (Longformer, section 3.2: "chunks").
     """
-    H, D = q.shape[1], q.shape[3]
-    k, v = copy_heads(k, H), copy_heads(v, H)                    # (B,H,T,D)
-    if HAS_FLASH and q.is_cuda and q.dtype == torch.bfloat16 and D % 8 == 0 and dropout == 0:
-        return attend_with_flash(q, k, v, window)
     # split, not k[:, :, a:b] in the loop: the gradient of each such slice would be a tensor of the
     # whole length T, zero almost everywhere.
     qs, ks, vs = (x.split(window, dim=2) for x in (q, k, v))     # blocks (B,heads,W,D)
@@ -171,18 +167,23 @@ def attend_in_blocks(q, k, v, window, dropout=0.0):
     return torch.cat(y, dim=2)
 
 
-HAS_FLASH = torch.backends.cuda.is_flash_attention_available()
+def flash_fits(q, dropout):
+    """Whether attend_with_flash can be used: on most GPUs, in bfloat16, without dropout"""
+    has_flash = q.is_cuda and torch.backends.cuda.is_flash_attention_available()
+    D = q.shape[-1]
+    return has_flash and q.dtype == torch.bfloat16 and D % 8 == 0 and D <= 256 and dropout == 0
 
 
 def attend_with_flash(q, k, v, window):
     """
-    The same on GPUs by flash attention (Dao 2023), which skips keys outside the window:
-    q, k and v (B,H,T,D) -> (B,H,T,D). It takes the sequences of the batch in a row, (B*T,H,D), and
+    The same by flash attention (Dao 2023), which skips keys outside the window: q (B,H,T,D),
+    k and v (B,K,T,D) -> (B,H,T,D). It takes the sequences of the batch in a row, (B*T,H,D), and
     the positions where one ends and the next begins.
     """
     from torch.nn.attention.varlen import varlen_attn  # imported here: CPUs do not need it
 
     B, H, T, D = q.shape
+    k, v = copy_heads(k, H), copy_heads(v, H)
     q, k, v = (x.transpose(1, 2).reshape(B * T, H, D) for x in (q, k, v))
     bounds = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
     y = varlen_attn(q, k, v, bounds, bounds, T, T, window_size=(window - 1, 0))
@@ -291,6 +292,8 @@ class Attention(nn.Module):
             all_k = torch.cat((old_k, k), dim=2)                 # (B,K,S,D)
             all_v = torch.cat((old_v, v), dim=2)
             y = attend(q, all_k, all_v, mask, dropout=dropout)
+        elif 0 < self.window < T and flash_fits(q, dropout):
+            y = attend_with_flash(q, k, v, self.window)
         elif 0 < self.window < T:
             y = attend_in_blocks(q, k, v, self.window, dropout)
         else:

@@ -19,6 +19,9 @@ Train a GPT: one loop for one process, replicas of the model (DDP) and a sharded
                and whole gradients                        by block (all-gather); once per step
                while they accumulate                      gradients, averaged (reduce-scatter)
 
+On several machines FSDP shards inside each machine: N is then the processes of one machine, and
+between machines gradients are averaged.
+
 Settings are the fields of TrainConfig and model.GPTConfig; a config file is plain Python that sets
 some of them.
 """
@@ -297,7 +300,8 @@ def make_optimizers(model, c, device):
     inner = []
     if c.optimizer == "muon":
         inner = [p for p in model.h.parameters() if p.dim() == 2]
-    rest = [p for p in model.parameters() if p not in set(inner)]
+    in_blocks = set(inner)
+    rest = [p for p in model.parameters() if p not in in_blocks]
     # Weight decay is for matrices and embeddings, not for biases and layer norms.
     groups = [{"params": [p for p in rest if p.dim() == 2], "weight_decay": c.weight_decay},
               {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0}]

@@ -22,7 +22,7 @@ from assessment.measure import (
     times_as_fast,
     training_step,
 )
-from model import GPT, GPTConfig, attend, attend_in_blocks, visible
+from model import GPT, GPTConfig, attend, attend_in_blocks, attend_with_flash, flash_fits, visible
 from plumbing.device import disable_cudnn_attention
 from plumbing.errors import InputError
 
@@ -222,6 +222,9 @@ def masked(q, k, v):
 
 
 def blocks(q, k, v):
+    """What a model with a window does"""
+    if flash_fits(q, dropout=0.0):
+        return attend_with_flash(q, k, v, WINDOW)
     return attend_in_blocks(q, k, v, WINDOW)
 
 

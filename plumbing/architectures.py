@@ -159,32 +159,9 @@ def read_config(hf, path):
             f"{path}: model_type={model_type!r} is none of {', '.join(ARCHITECTURES)}"
         )
     table = ARCHITECTURES[model_type]
-    rope = hf.get("rope_parameters")   # newer files keep rope_theta there
-    if isinstance(rope, dict):
-        hf = hf | rope
-    elif rope is not None:
-        raise InputError(f"{path}: rope_parameters={rope!r:.100} is not a dictionary")
-    if hf.get("rope_type", "default") != "default" or hf.get("rope_scaling"):
-        raise InputError(f"{path}: it asks for a scaled RoPE, which model.py does not have")
-
-    keys = table["keys"]
-    fields = {field: read_field(hf, field, key, path) for field, key in keys.items()}
-    mlp_width = {table["mlp_width"]: (4 * fields["n_embd"], None)}   # None: GPT-2's default
-    for key, allowed in (table["fixed"] | mlp_width).items():
-        value = hf.get(key, allowed[0])
-        if value not in allowed:
-            raise InputError(
-                f"{path}: {key}={value!r} is not the architecture of model.py, which has "
-                f"{allowed[0]!r}"
-            )
-    # GPTConfig checks these as well, but its error could not give the names of config.json.
-    for whole, part in (("n_embd", "n_head"), ("n_head", "n_kv_head")):
-        if part in fields and fields[whole] % fields[part]:
-            raise InputError(
-                f"{path}: {keys[whole]}={fields[whole]} is not divisible by "
-                f"{keys[part]}={fields[part]}"
-            )
-
+    hf = unfold_rope(hf, path)
+    fields = {field: read_field(hf, field, key, path) for field, key in table["keys"].items()}
+    check_values(hf, fields, table, path)
     if table is STARCODER2:
         fields["use_rope"] = True
         if hf.get("use_bias") is False:
@@ -200,6 +177,38 @@ def read_config(hf, path):
     if hf.get("bias") is False:   # in our own exports, see config_json()
         fields["bias"] = False
     return table, fields
+
+
+def unfold_rope(hf, path):
+    """hf with the keys of rope_parameters, where newer files keep rope_theta, beside the others"""
+    rope = hf.get("rope_parameters")
+    if isinstance(rope, dict):
+        hf = hf | rope
+    elif rope is not None:
+        raise InputError(f"{path}: rope_parameters={rope!r:.100} is not a dictionary")
+    if hf.get("rope_type", "default") != "default" or hf.get("rope_scaling"):
+        raise InputError(f"{path}: it asks for a scaled RoPE, which model.py does not have")
+    return hf
+
+
+def check_values(hf, fields, table, path):
+    """InputError for a value of hf that model.py does not have, and for sizes that do not fit"""
+    mlp_width = {table["mlp_width"]: (4 * fields["n_embd"], None)}   # None: GPT-2's default
+    for key, allowed in (table["fixed"] | mlp_width).items():
+        value = hf.get(key, allowed[0])
+        if value not in allowed:
+            raise InputError(
+                f"{path}: {key}={value!r} is not the architecture of model.py, which has "
+                f"{allowed[0]!r}"
+            )
+    # GPTConfig checks these as well, but its error could not give the names of config.json.
+    keys = table["keys"]
+    for whole, part in (("n_embd", "n_head"), ("n_head", "n_kv_head")):
+        if part in fields and fields[whole] % fields[part]:
+            raise InputError(
+                f"{path}: {keys[whole]}={fields[whole]} is not divisible by "
+                f"{keys[part]}={fields[part]}"
+            )
 
 
 def read_field(hf, field, key, path):

@@ -73,6 +73,7 @@ def save_again(path, name):
 
 @contextmanager
 def as_save_error(path):
+    """An error while path is written becomes an InputError that says what to do."""
     try:
         yield
     except (OSError, RuntimeError) as e:   # torch reports a full disk as either
@@ -92,7 +93,10 @@ def gather(t, rank):
 
 
 def load_checkpoint(path):
-    """The dictionary that save_checkpoint wrote. The values in its configs are not checked here."""
+    """
+    The dictionary that save_checkpoint wrote. InputError for another file, or a damaged one;
+    whether the values in its configs make a model, GPTConfig checks.
+    """
     checkpoint = open_checkpoint(path)
     if is_nanogpts(checkpoint):
         raise InputError(

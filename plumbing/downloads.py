@@ -1,6 +1,5 @@
 """Downloads: resumed where they stopped, verified before they appear under their name."""
 
-import json
 import os
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import requests
 
 from plumbing.errors import InputError
 from plumbing.files import need_disk, sha256
+from plumbing.json_files import read_json
 from plumbing.progress import Progress
 
 TIMEOUT = (10, 30)   # seconds to connect, and to wait for the next bytes
@@ -60,19 +60,7 @@ def download(url, path, sha256sum=None):
         raise DownloadError(
             f"{url}: the connection broke after {arrived:,} bytes: {CONTINUE}"
         ) from None
-    if size_of(part) == 0:
-        part.unlink()
-        raise DownloadError(f"{url} answered with an empty file; try again later")
-    if total and size_of(part) != total:
-        raise DownloadError(f"{url}: {size_of(part):,} of {total:,} bytes arrived: {CONTINUE}")
-    mismatch = wrong_sha256(part, sha256sum)
-    if path.suffix == ".json" and not is_json(part):
-        mismatch = "no JSON in it"
-    if mismatch:
-        part.unlink()   # else the next call would continue from these bytes
-        raise DownloadError(
-            f"{url} sent a file with {mismatch}; try again, or {alternatives(path)}"
-        )
+    check_arrived(url, path, part, total, sha256sum)
     os.replace(part, path)
 
 
@@ -125,12 +113,29 @@ def receive(response, part):
     return total
 
 
-def is_json(path):
+def holds_dictionary(path):
     try:
-        json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError):
+        read_json(path)
+    except InputError:
         return False
     return True
+
+
+def check_arrived(url, path, part, total, sha256sum):
+    """DownloadError unless part is what download() was asked for; total: its bytes, 0 = unknown"""
+    if size_of(part) == 0:
+        part.unlink()
+        raise DownloadError(f"{url} answered with an empty file; try again later")
+    if total and size_of(part) != total:
+        raise DownloadError(f"{url}: {size_of(part):,} of {total:,} bytes arrived: {CONTINUE}")
+    mismatch = wrong_sha256(part, sha256sum)
+    if path.suffix == ".json" and not holds_dictionary(part):
+        mismatch = "no JSON dictionary in it"
+    if mismatch:
+        part.unlink()   # else the next call would continue from these bytes
+        raise DownloadError(
+            f"{url} sent a file with {mismatch}; try again, or {alternatives(path)}"
+        )
 
 
 def size_of(path):

@@ -88,7 +88,7 @@ class Unbreakable:
         try:
             return self.stream.write(text)
         except BrokenPipeError:
-            self.stream = open(os.devnull, "w", encoding="utf-8")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             return len(text)
 
     def __getattr__(self, name):
@@ -105,8 +105,9 @@ def run_script(main, needs_reader=True):
         # Without UTF-8 a Windows console lacks characters; without line buffering logs lag behind.
         if hasattr(stream, "reconfigure"):   # a notebook's streams lack it
             stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
+    stdout = sys.stdout
     if not needs_reader:
-        sys.stdout = Unbreakable(sys.stdout)
+        sys.stdout = Unbreakable(stdout)
     try:
         main(sys.argv[1:])
     except BrokenPipeError:   # `head`, for example, has seen enough
@@ -116,3 +117,5 @@ def run_script(main, needs_reader=True):
         report(line)
         print(line, file=sys.stderr)
         sys.exit(1)
+    finally:
+        sys.stdout = stdout   # a notebook goes on

@@ -33,22 +33,11 @@ def fetch_repository(name, weights=True):
     raises    InputError
     """
     folder = Path("checkpoints") / name
-    repository = RELEASES.get(name, name)
-
-    def fetch(file):
-        """Whether the repository has this file; then it is in the folder."""
-        if (folder / file).exists():
-            return True
-        try:
-            download(hub_url(f"{repository}/resolve/main/{file}"), folder / file)
-        except NotFound:
-            return False
-        return True
-
     if is_complete(folder):
         return folder
+    repository = RELEASES.get(name, name)
     try:
-        found = fetch("config.json")
+        found = fetch(repository, "config.json", folder)
     except DownloadError as e:
         raise DownloadError(f"{name} is not on this machine, and {e}") from None
     if not found:
@@ -59,15 +48,29 @@ def fetch_repository(name, weights=True):
     read_config(read_json(folder / "config.json"), folder / "config.json")
     if name not in RELEASES:
         for file in TOKENIZER_FILES:
-            fetch(file)
-    if not weights:
-        return folder
-    if not any(fetch(file) for file in WEIGHTS):   # the first that it has
+            fetch(repository, file, folder)
+    if weights:
+        fetch_weights(repository, folder)
+    return folder
+
+
+def fetch(repository, file, folder):
+    """Whether the repository has this file; then it is in the folder."""
+    if (folder / file).exists():
+        return True
+    try:
+        download(hub_url(f"{repository}/resolve/main/{file}"), folder / file)
+    except NotFound:
+        return False
+    return True
+
+
+def fetch_weights(repository, folder):
+    if not any(fetch(repository, file, folder) for file in WEIGHTS):   # the first that it has
         raise InputError(f"{hub_url(repository)} has none of {', '.join(WEIGHTS)}")
     for path in files_of_index(folder / WEIGHTS[1]):
-        if not fetch(path.name):
+        if not fetch(repository, path.name, folder):
             raise InputError(f"{hub_url(repository)} lacks {path.name}, which its index names")
-    return folder
 
 
 def is_complete(folder):

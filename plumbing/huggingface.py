@@ -140,7 +140,8 @@ def tokenizer_of_folder(folder, hf):
     """hf: the folder's config.json. Returns a tokenizer_spec, or None if there is no tokenizer"""
     spec = read_tokenizer(folder, hf.get("eos_token_id"))
     if spec is None:
-        is_release = folder.parent == Path("checkpoints") and folder.name in RELEASES
+        is_ours = folder.parent.resolve() == Path("checkpoints").resolve()
+        is_release = is_ours and folder.name in RELEASES
         return {"kind": "gpt2"} if is_release else None
     found = Tokenizer(spec).vocab_size
     if found > hf["vocab_size"]:

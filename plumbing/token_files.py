@@ -3,7 +3,6 @@ A prepared dataset: a folder with files of token ids and meta.json, which descri
 prepare_data.py writes it, train.py reads its training sequences from it.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 
 from plumbing.downloads import DownloadError
 from plumbing.errors import InputError
-from plumbing.files import replacing
+from plumbing.json_files import read_json, write_json
 from plumbing.tokenizer import Tokenizer, same_tokenizer
 
 PREPARE_AGAIN = "prepare it again with prepare_data.py"
@@ -35,8 +34,7 @@ def write_meta(folder, tokenizer, dtype, files, digest, header_bytes=0):
         "val": files["val"],
         "source_sha256": digest,
     }
-    with replacing(folder / "meta.json") as f:
-        f.write(json.dumps(meta, indent=1).encode())
+    write_json(folder / "meta.json", meta)
     train_tokens = sum(files["train"].values())
     val_tokens = sum(files["val"].values())
     print(f"{folder}: {train_tokens:,} training and {val_tokens:,} validation tokens, "
@@ -47,32 +45,41 @@ def load_meta(folder):
     """The contents of meta.json, checked against the files beside it; InputError if they differ."""
     path = Path(folder) / "meta.json"
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = read_json(path)
+    except InputError as e:
+        raise InputError(f"{e}: {PREPARE_AGAIN}") from None
+    if meta is None:
+        raise InputError(f"{path} is missing: {PREPARE_AGAIN}")
+    try:
         tokenizer_size = Tokenizer(meta["tokenizer"]).vocab_size
-        vocab_size = meta["vocab_size"]
-        header_bytes = meta["header_bytes"]
-        if type(vocab_size) is not int or type(header_bytes) is not int or header_bytes < 0:
-            raise ValueError(f"vocab_size={vocab_size!r}, header_bytes={header_bytes!r}")
-        bytes_per_token = {"uint16": 2, "uint32": 4}[meta["dtype"]]
-        sizes = []
-        for file, tokens in [*meta["train"].items(), *meta["val"].items()]:
-            if Path(file).name != file or type(tokens) is not int or tokens < 0:
-                raise ValueError(f"{file!r} with {tokens!r} tokens")
-            sizes.append((file, header_bytes + tokens * bytes_per_token))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: {PREPARE_AGAIN}") from None
+        sizes = sizes_in_bytes(meta)
     except DownloadError:   # of the GPT-2 tokenizer
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise InputError(f"{path} is broken ({e!r:.100}): {PREPARE_AGAIN}") from None
-    if vocab_size != tokenizer_size:
+    if meta["vocab_size"] != tokenizer_size:
         raise InputError(
-            f"{path}: vocab_size={vocab_size}, but its tokenizer has {tokenizer_size} ids: "
+            f"{path}: vocab_size={meta['vocab_size']}, but its tokenizer has {tokenizer_size} ids: "
             f"{PREPARE_AGAIN}"
         )
-    for file, expected in sizes:
+    for file, expected in sizes.items():
         check_size(path.parent / file, expected)
     return meta
+
+
+def sizes_in_bytes(meta):
+    """{name of a file: bytes it must have}; any of several errors if meta is broken"""
+    vocab_size = meta["vocab_size"]
+    header_bytes = meta["header_bytes"]
+    if type(vocab_size) is not int or type(header_bytes) is not int or header_bytes < 0:
+        raise ValueError(f"vocab_size={vocab_size!r}, header_bytes={header_bytes!r}")
+    bytes_per_token = {"uint16": 2, "uint32": 4}[meta["dtype"]]
+    sizes = {}
+    for file, tokens in [*meta["train"].items(), *meta["val"].items()]:
+        if Path(file).name != file or type(tokens) is not int or tokens < 0:
+            raise ValueError(f"{file!r} with {tokens!r} tokens")
+        sizes[file] = header_bytes + tokens * bytes_per_token
+    return sizes
 
 
 def check_size(path, expected):

@@ -131,7 +131,7 @@ def test_token_is_sent_to_the_hub_alone(server, monkeypatch):
 @pytest.mark.parametrize("body, headers, match", [
     (b"<html>log in</html>", {"Content-Type": "text/html; charset=utf-8"}, "a web page instead"),
     (b"", {}, "an empty file"),
-    (b"<html>", {}, "no JSON in it"),
+    (b"<html>", {}, "no JSON dictionary in it"),
 ])
 def test_other_things_than_the_file_are_refused_and_not_kept(server, body, headers, match):
     Server.files["/config.json"] = body

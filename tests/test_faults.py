@@ -28,8 +28,9 @@ import sample
 import train
 from model import GPT
 from plumbing import reporting
+from plumbing.checkpoints import as_save_error
 from plumbing.checkpoints import load_checkpoint as checkpoint_read
-from plumbing.errors import InputError, report
+from plumbing.errors import InputError, report, run_script
 from plumbing.run_folder import locked
 
 pytestmark = pytest.mark.usefixtures("short_sample")
@@ -53,6 +54,22 @@ def test_full_disk_leaves_the_previous_checkpoint_whole(name, flag):
     fails(train, *TINY, "--init_from=resume", flag, match=f"cannot save out.{name}.pt .*untouched")
     assert Path("out/ckpt.pt").read_bytes() == Path("out/best.pt").read_bytes() == before
     assert checkpoint()["step"] == 6
+
+
+def test_cause_of_an_error_while_saving_is_named_where_torch_hides_it():
+    def write():
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 64 vs 0")   # what torch makes of it  # noqa: B904
+    with pytest.raises(InputError, match="cannot save x .*No space left"), as_save_error("x"):
+        write()
+
+
+def test_output_is_as_before_when_a_script_has_ended():
+    before = sys.stdout
+    run_script(lambda argv: print("seen"), needs_reader=False)
+    assert sys.stdout is before
 
 
 # ------------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ from helpers import HERE, LONGER, TINY, checkpoint, same_course, start_machines
 from test_tokenizers import trained
 from torch.nn.attention import varlen
 
+import model as model_module
 import sample
 import train
-from model import GPT, GPTConfig, attend_in_blocks, attend_with_flash, copy_heads, visible
+from model import GPT, GPTConfig, attend_in_blocks, attend_with_flash, flash_fits, visible
 from plumbing import processes
 from plumbing.device import padded
 from plumbing.files import give_second_name
@@ -44,7 +45,7 @@ def test_windows_by_flash_attention_equal_those_in_blocks(monkeypatch, T, W, K):
     monkeypatch.setattr(varlen, "varlen_attn", masked_attention)
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 4, T, 16), torch.randn(3, K, T, 16), torch.randn(3, K, T, 16)
-    flash = attend_with_flash(q, copy_heads(k, 4), copy_heads(v, 4), W)
+    flash = attend_with_flash(q, k, v, W)
     assert torch.allclose(flash, attend_in_blocks(q, k, v, W), atol=1e-5)
 
 
@@ -60,6 +61,45 @@ def test_torch_has_this_flash_attention_forward_and_backward_and_compiles_it_who
     assert q.grad.shape == q.shape and k.grad.shape == k.shape
     compiled = torch.compile(attend_with_flash, backend="aot_eager", fullgraph=True)
     assert compiled(q, k, v, 16).shape == q.shape
+
+
+class OnGPU:
+    """A tensor as flash_fits sees it"""
+    is_cuda = True
+
+    def __init__(self, D, dtype):
+        self.shape, self.dtype = (2, 4, 64, D), dtype
+
+
+@pytest.mark.parametrize("D, dtype, dropout, fits", [
+    (64, torch.bfloat16, 0.0, True), (256, torch.bfloat16, 0.0, True),
+    (264, torch.bfloat16, 0.0, False), (60, torch.bfloat16, 0.0, False),
+    (64, torch.float32, 0.0, False), (64, torch.bfloat16, 0.1, False),
+])
+def test_flash_attention_is_used_only_where_it_can_be(D, dtype, dropout, fits, monkeypatch):
+    available = torch.backends.cuda
+    monkeypatch.setattr(available, "is_flash_attention_available", lambda: True)
+    assert flash_fits(OnGPU(D, dtype), dropout) == fits
+    assert not flash_fits(torch.zeros(1, 1, 2, D, dtype=dtype), dropout)   # a CPU
+    monkeypatch.setattr(available, "is_flash_attention_available", lambda: False)
+    assert not flash_fits(OnGPU(D, dtype), dropout)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_model_with_windows_asks_whether_flash_attention_fits(fits, monkeypatch):
+    called = []
+
+    def flash(q, k, v, window):
+        called.append(window)
+        return attend_in_blocks(q, k, v, window)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(16, 17, 2, 2, 16, use_swa=True, window_size=(4, 0)))
+    idx = torch.randint(17, (2, 16))
+    expected = model(idx)[0]
+    monkeypatch.setattr(model_module, "flash_fits", lambda q, dropout: fits)
+    monkeypatch.setattr(model_module, "attend_with_flash", flash)
+    assert torch.equal(model(idx)[0], expected)
+    assert called == ([4] if fits else [])
 
 
 @pytest.fixture
