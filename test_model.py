@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model import (
     GPT,
     GPTConfig,
+    Linear,
     attend,
     attend_in_blocks,
     keys_per_query,
@@ -579,6 +580,21 @@ def test_all_switches_trace_without_a_break_and_give_the_same_gradients():
 @pytest.mark.slow
 def test_all_switches_compile_to_the_same_gradients():
     same_gradients_compiled("inductor")
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("out", [64, 96, 97, 1])   # 97 is prime
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_treat_a_single_token_as_any_other(out, bias, dtype, tolerance):
+    torch.manual_seed(0)
+    layer = Linear(32, out, bias=bias).to(dtype)
+    x = torch.randn(5, 1, 32, dtype=dtype)
+    together = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    for i in range(5):
+        alone = layer(x[i:i + 1])
+        assert alone.shape == (1, 1, out) and alone.dtype == dtype
+        assert torch.allclose(alone, together[i:i + 1], atol=tolerance)
+    assert layer(x[0]).shape == (1, out)
 
 
 # ------------------------------------------------------------------------------------------------
