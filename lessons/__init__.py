@@ -1,0 +1,1 @@
+"""The course: eight pages, the pictures in them, and exercises that the tests grade."""

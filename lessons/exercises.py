@@ -1,0 +1,311 @@
+"""
+Exercises: write functions of this project yourself, graded by its own tests.
+
+  python lessons/exercises.py              the exercises, and how far you are with each
+  python lessons/exercises.py show rope    what to do; show rope 1 adds the first hint
+  python lessons/exercises.py start rope   empties the function, in the file itself
+  python lessons/exercises.py check rope   runs its tests
+
+Afterwards `git diff` compares what you wrote with what was there, and `git restore` brings that
+back. Training, sampling and every other test run on what you wrote.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "lessons" / "exercises.md"
+TODO = "raise NotImplementedError"
+
+# name: the functions to write, as file:function, and the tests that grade them, as file::test
+EXERCISES = {
+    "attend": (
+        ["model.py:attend"],
+        [
+            "test_model.py::test_attend_is_softmax_by_hand",
+            "test_model.py::test_attend_without_a_mask_sees_every_key_of_a_cache",
+            "test_model.py::test_future_never_leaks_into_the_past",
+            "test_model.py::test_loss_and_gradients_equal_transformers",
+        ],
+    ),
+    "mlp": (
+        ["model.py:MLP.forward"],
+        [
+            "test_model.py::test_loss_and_gradients_equal_transformers",
+            "test_model.py::test_equal_to_starcoder2_at_every_length",
+            "test_model.py::test_dropout_acts_in_training_only",
+        ],
+    ),
+    "init": (
+        ["model.py:GPT.__init__"],
+        [
+            "test_model.py::test_number_of_parameters_of_the_four_released_sizes",
+            "test_model.py::test_embedding_and_head_are_one_tensor_unless_untied",
+            "test_model.py::test_without_bias_there_is_none",
+            "test_model.py::test_initialisation_scales_residual_projections_by_depth",
+            "test_model.py::test_initial_loss_is_that_of_a_uniform_guess",
+            "test_model.py::test_rope_replaces_learned_positions_and_reads_past_block_size",
+            "test_model.py::test_windows_are_one_per_layer_and_0_is_full_attention",
+        ],
+    ),
+    "flops": (
+        ["model.py:GPT.flops_per_token", "model.py:keys_per_query"],
+        [
+            "test_model.py::test_flops_per_token_is_what_torch_counts",
+            "test_model.py::test_keys_per_query_counts_what_attention_computes",
+        ],
+    ),
+    "names": (
+        ["plumbing/architectures.py:tensor_names"],
+        [
+            "tests/test_huggingface.py::test_every_form_of_a_GPT2_folder_loads",
+            "tests/test_huggingface.py::test_every_form_of_a_StarCoder2_folder_loads",
+            "tests/test_huggingface.py::"
+            "test_logits_and_text_are_those_of_transformers_and_the_way_back_is_exact",
+        ],
+    ),
+    "sample": (
+        ["model.py:sample"],
+        [
+            "test_model.py::test_sampling_follows_the_distribution_of_transformers",
+            "test_model.py::test_greedy_takes_the_likeliest_token",
+            "test_model.py::test_lowest_temperature_is_greedy",
+            "test_model.py::test_top_p_of_1_excludes_nothing",
+        ],
+    ),
+    "rope": (
+        ["model.py:rotate"],
+        [
+            "test_model.py::test_rotation_is_a_product_of_complex_numbers",
+            "test_model.py::test_rope_scores_depend_on_relative_position_only_and_on_every_step_of_it",
+            "test_model.py::test_rotation_keeps_lengths_and_leaves_position_0_alone",
+            "test_model.py::test_bfloat16_is_rotated_in_float32",
+            "test_model.py::test_equal_to_starcoder2_at_every_length",
+        ],
+    ),
+    "gqa": (
+        ["model.py:copy_heads", "plumbing/conversion.py:average_heads"],
+        [
+            "test_model.py::test_attend_is_softmax_by_hand",
+            "test_model.py::test_gqa_equals_multi_head_with_repeated_heads",
+            "tests/test_huggingface.py::test_mean_of_identical_heads_changes_nothing",
+            "tests/test_huggingface.py::test_pooled_head_is_the_mean_of_those_it_replaces",
+            "tests/test_huggingface.py::test_fewer_heads_cannot_become_more",
+        ],
+    ),
+    "visible": (
+        ["model.py:visible"],
+        [
+            "test_model.py::test_visible_is_the_definition",
+            "test_model.py::test_window_sees_exactly_W_keys",
+            "test_model.py::test_receptive_field_after_L_layers_is_L_times_W_minus_1_plus_1",
+        ],
+    ),
+    "blocks": (
+        ["model.py:attend_in_blocks"],
+        [
+            "test_model.py::test_blocks_equal_the_mask_forward_and_backward",
+            "test_model.py::test_blocks_under_dropout_have_the_mean_of_those_without",
+            "test_model.py::test_keys_per_query_counts_what_attention_computes",
+            "test_model.py::test_flops_per_token_is_what_torch_counts",
+        ],
+    ),
+    "ring": (
+        ["model.py:LayerCache.read", "model.py:LayerCache.write"],
+        [
+            "test_model.py::test_ring_holds_the_last_W_positions",
+            "test_model.py::test_cached_equals_uncached_in_chunks_past_several_wraps",
+            "test_model.py::test_cached_equals_uncached_in_chunks_of_every_size_in_turn",
+            "test_model.py::test_cache_keeps_no_history_of_gradients",
+            "test_model.py::test_cache_is_allocated_once",
+        ],
+    ),
+    "accumulate": (
+        ["train.py:accumulate_gradients"],
+        [
+            "tests/test_training.py::test_accumulation_changes_nothing_but_rounding",
+            "tests/test_training.py::test_first_step_equals_one_written_out_by_hand",
+            "tests/test_several_processes.py::"
+            "test_gradients_are_sent_once_per_step_however_many_parts_it_has",
+        ],
+    ),
+    "schedule": (
+        ["train.py:lr_at", "train.py:make_optimizers"],
+        [
+            "tests/test_training.py::test_learning_rate_warms_up_and_follows_a_cosine",
+            "tests/test_training.py::"
+            "test_learning_rate_ends_at_a_tenth_after_the_last_step_unless_told_otherwise",
+            "tests/test_training.py::test_first_step_equals_one_written_out_by_hand",
+            "tests/test_training.py::"
+            "test_muon_moves_the_matrices_inside_the_blocks_and_adamw_the_rest",
+        ],
+    ),
+    "order": (
+        ["plumbing/token_files.py:Data.batch"],
+        [
+            "tests/test_token_files.py::test_every_token_is_seen_once_per_epoch",
+            "tests/test_token_files.py::test_epochs_differ_in_order_and_in_where_windows_begin",
+            "tests/test_token_files.py::test_batch_is_a_function_of_seed_and_number_alone",
+        ],
+    ),
+    "ddp": (
+        ["train.py:replicate"],
+        [
+            "tests/test_several_processes.py::"
+            "test_every_mode_gives_the_losses_and_gradient_norms_of_one_process",
+            "tests/test_several_processes.py::test_every_mode_resumes_its_own_checkpoint_to_the_bit",
+        ],
+    ),
+    "fsdp": (
+        ["train.py:shard"],
+        [
+            "tests/test_several_processes.py::"
+            "test_every_mode_gives_the_losses_and_gradient_norms_of_one_process",
+            "tests/test_several_processes.py::test_with_FSDP_each_process_holds_one_part_of_N",
+        ],
+    ),
+    "resume": (
+        ["plumbing/checkpoints.py:restore_optimizers"],
+        [
+            "tests/test_resuming.py::test_resumed_run_is_exact_to_the_bit",
+            "tests/test_resuming.py::test_optimizer_state_of_another_model_is_one_clear_line",
+            "tests/test_several_processes.py::"
+            "test_every_mode_continues_from_a_checkpoint_of_every_other",
+        ],
+    ),
+}
+
+
+def find(source, qualified_name):
+    """The node of a function, or of a method as Class.method, in the source of a file"""
+    node = ast.parse(source)
+    for name in qualified_name.split("."):
+        inside = {child.name: child for child in node.body if hasattr(child, "name")}
+        if name not in inside:
+            return None
+        node = inside[name]
+    return node
+
+
+def body_without_docstring(node):
+    """The first and the last line of a function's body, counted from 1"""
+    statements = node.body
+    if ast.get_docstring(node) is not None:
+        statements = statements[1:]
+    return statements[0].lineno, statements[-1].end_lineno
+
+
+def empty(source, qualified_name):
+    """The source of a file with this function's body replaced; signature and docstring stay."""
+    node = find(source, qualified_name)
+    first, last = body_without_docstring(node)
+    lines = source.splitlines(keepends=True)
+    indent = " " * (node.col_offset + 4)
+    return "".join([*lines[:first - 1], f"{indent}{TODO}\n", *lines[last:]])
+
+
+def files_of(name):
+    """The files that an exercise is in, without repetition"""
+    functions, _ = EXERCISES[name]
+    return list(dict.fromkeys(function.split(":")[0] for function in functions))
+
+
+def git(*arguments):
+    """What a git command prints; ends the program if git has no answer"""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8")
+    except FileNotFoundError:
+        sys.exit("error: git is not installed, which keeps what you replace")
+    if done.returncode != 0:
+        sys.exit("error: this folder is no git repository, which would keep what you replace: "
+                 "clone the project instead of downloading its files")
+    return done.stdout
+
+
+def state(name):
+    functions, _ = EXERCISES[name]
+    now = []
+    committed = []
+    for function in functions:
+        file, qualified_name = function.split(":")
+        for found, source in (
+            (now, (ROOT / file).read_text(encoding="utf-8")),
+            (committed, git("show", f"HEAD:{file}")),
+        ):
+            node = find(source, qualified_name)
+            found.append(ast.get_source_segment(source, node) if node else "")
+    if now == committed:
+        return "as it was"
+    if any(TODO in source for source in now):
+        return "started"
+    return "written: check it"
+
+
+def show_list():
+    print(__doc__)
+    for name, (functions, _) in EXERCISES.items():
+        print(f"  {name:11}{state(name):19}{', '.join(functions)}")
+
+
+def start(name):
+    files = files_of(name)
+    changed = git("status", "--porcelain", "--", *files).split("\n")[0]
+    if changed:
+        sys.exit(f"error: {changed[3:]} has changes that are not committed: commit them, or bring "
+                 f"it back with git restore {changed[3:]}")
+    functions, _ = EXERCISES[name]
+    for function in functions:
+        file, qualified_name = function.split(":")
+        source = (ROOT / file).read_text(encoding="utf-8")
+        (ROOT / file).write_text(empty(source, qualified_name), encoding="utf-8", newline="\n")
+        print(f"{file}: the body of {qualified_name} is yours to write")
+    print(f"then: python lessons/exercises.py check {name}; "
+          f"for the committed version: git restore {' '.join(files)}")
+
+
+def check(name):
+    _, graders = EXERCISES[name]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--maxfail=3", *graders]
+    sys.exit(subprocess.run(command, cwd=ROOT).returncode)
+
+
+def show(name, hints):
+    """Print the section of exercises.md on this exercise, with as many of its hints"""
+    text = PAGE.read_text(encoding="utf-8")
+    section = re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)[1]
+    task, *given = re.split(r"<details><summary>Hint \d+</summary>\n", section)
+    given = [hint.split("</details>")[0].strip() for hint in given]
+    print(task.strip())
+    for i, hint in enumerate(given[:hints], 1):
+        print(f"\nHint {i} of {len(given)}: {hint}")
+    if hints < len(given):
+        print(f"\nfor a hint: python lessons/exercises.py show {name} {hints + 1}")
+
+
+def main(argv):
+    if not argv:
+        return show_list()
+    command, *rest = argv
+    name = rest[0] if rest else None
+    if command not in ("show", "start", "check"):
+        sys.exit(f"error: {command}: unknown; choose from show, start, check, or give nothing for "
+                 "the list")
+    if name not in EXERCISES:
+        sys.exit(f"error: {command} {name or 'what?'}: choose from {', '.join(EXERCISES)}")
+    hints = rest[1] if command == "show" and len(rest) == 2 else "0"
+    if len(rest) > 2 or (len(rest) == 2 and command != "show") or not hints.isdigit():
+        sys.exit(f"error: {' '.join(argv)}: nothing more than a name is expected, and after show a "
+                 "number of hints")
+    if command == "show":
+        show(name, int(hints))
+    elif command == "start":
+        start(name)
+    else:
+        check(name)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
