@@ -6,7 +6,7 @@ What a trained model attends to: maps of some heads for a prompt, without a wind
 
   --out_dir=FOLDER   of a run of train.py (or other weights: whatever GPT.from_pretrained takes)
   --prompt=TEXT      what the model reads; it continues the text itself up to --tokens
-  --tokens=24        how many tokens are shown
+  --tokens=24        how many tokens are shown; at most block_size
   --layers=0,1       which layers; the default is the first and the last
   --heads=0,1        which heads of each; the default is the first two
   --window_size=8    of the model with a window
@@ -27,7 +27,7 @@ from plumbing.errors import InputError, as_input_error, run_script
 from plumbing.tokenizer import Tokenizer
 
 FIELDS = ("window", "layer", "head", "query", "key", "key_text", "weight")
-DEFAULTS = {"out_dir": "out-shakespeare", "prompt": "ROMEO:", "tokens": "24", "layers": "",
+DEFAULTS = {"out_dir": "out-shakespeare", "prompt": "ROMEO:", "tokens": "", "layers": "",
             "heads": "0,1", "window_size": "8"}
 
 
@@ -91,7 +91,7 @@ def draw_maps(rows, path):
     fig, axes = figure(columns * size + 0.5, len(maps) * (size + 0.3), len(maps), columns)
     for row_of_axes, layer in zip(axes, sorted(maps), strict=True):
         for ax, (head, window) in zip(row_of_axes, sorted(maps[layer]), strict=True):
-            ax.imshow(maps[layer][head, window], cmap="Greys", vmin=0, vmax=0.8)
+            ax.imshow(maps[layer][head, window].numpy(), cmap="Greys", vmin=0, vmax=0.8)
             ending = f", window {window}" if window else ""
             ax.set_title(f"layer {layer}, head {head}{ending}")
             ax.set_xticks(range(T), labels, fontsize=8)
@@ -129,7 +129,8 @@ def main(argv):
     if plain.tokenizer_spec is None:
         raise InputError(f"{out_dir} has no tokenizer, so there is no text to read")
     tokenizer = Tokenizer(plain.tokenizer_spec)
-    (T,) = numbers(options["tokens"], "tokens", plain.config.block_size + 1)
+    most = plain.config.block_size
+    (T,) = numbers(options["tokens"] or str(min(24, most)), "tokens", most + 1)
     (W,) = numbers(options["window_size"], "window_size", 2**31)
     L = plain.config.n_layer
     layers = numbers(options["layers"] or f"0,{L - 1}", "layers", L)

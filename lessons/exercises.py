@@ -20,159 +20,152 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "lessons" / "exercises.md"
 TODO = "raise NotImplementedError"
 
-# name: the functions to write, as file:function, and the tests that grade them, as file::test
+# name: the functions to write, as file:function, and the tests that grade them
 EXERCISES = {
     "attend": (
         ["model.py:attend"],
         [
-            "test_model.py::test_attend_is_softmax_by_hand",
-            "test_model.py::test_attend_without_a_mask_sees_every_key_of_a_cache",
-            "test_model.py::test_future_never_leaks_into_the_past",
-            "test_model.py::test_loss_and_gradients_equal_transformers",
+            "test_attend_is_softmax_by_hand",
+            "test_attend_without_a_mask_sees_every_key_of_a_cache",
+            "test_future_never_leaks_into_the_past",
+            "test_loss_and_gradients_equal_transformers",
         ],
     ),
     "mlp": (
         ["model.py:MLP.forward"],
         [
-            "test_model.py::test_loss_and_gradients_equal_transformers",
-            "test_model.py::test_equal_to_starcoder2_at_every_length",
-            "test_model.py::test_dropout_acts_in_training_only",
+            "test_loss_and_gradients_equal_transformers",
+            "test_equal_to_starcoder2_at_every_length",
+            "test_dropout_acts_in_training_only",
         ],
     ),
     "init": (
         ["model.py:GPT.__init__"],
         [
-            "test_model.py::test_number_of_parameters_of_the_four_released_sizes",
-            "test_model.py::test_embedding_and_head_are_one_tensor_unless_untied",
-            "test_model.py::test_without_bias_there_is_none",
-            "test_model.py::test_initialisation_scales_residual_projections_by_depth",
-            "test_model.py::test_initial_loss_is_that_of_a_uniform_guess",
-            "test_model.py::test_rope_replaces_learned_positions_and_reads_past_block_size",
-            "test_model.py::test_windows_are_one_per_layer_and_0_is_full_attention",
+            "test_number_of_parameters_of_the_four_released_sizes",
+            "test_embedding_and_head_are_one_tensor_unless_untied",
+            "test_without_bias_there_is_none",
+            "test_initialisation_scales_residual_projections_by_depth",
+            "test_initial_loss_is_that_of_a_uniform_guess",
+            "test_rope_replaces_learned_positions_and_reads_past_block_size",
+            "test_windows_are_one_per_layer_and_0_is_full_attention",
         ],
     ),
     "flops": (
         ["model.py:GPT.flops_per_token", "model.py:keys_per_query"],
         [
-            "test_model.py::test_flops_per_token_is_what_torch_counts",
-            "test_model.py::test_keys_per_query_counts_what_attention_computes",
+            "test_flops_per_token_is_what_torch_counts",
+            "test_keys_per_query_counts_what_attention_computes",
         ],
     ),
     "names": (
         ["plumbing/architectures.py:tensor_names"],
         [
-            "tests/test_huggingface.py::test_every_form_of_a_GPT2_folder_loads",
-            "tests/test_huggingface.py::test_every_form_of_a_StarCoder2_folder_loads",
-            "tests/test_huggingface.py::"
+            "test_every_form_of_a_GPT2_folder_loads",
+            "test_every_form_of_a_StarCoder2_folder_loads",
             "test_logits_and_text_are_those_of_transformers_and_the_way_back_is_exact",
         ],
     ),
     "sample": (
         ["model.py:sample"],
         [
-            "test_model.py::test_sampling_follows_the_distribution_of_transformers",
-            "test_model.py::test_greedy_takes_the_likeliest_token",
-            "test_model.py::test_lowest_temperature_is_greedy",
-            "test_model.py::test_top_p_of_1_excludes_nothing",
+            "test_sampling_follows_the_distribution_of_transformers",
+            "test_greedy_takes_the_likeliest_token",
+            "test_lowest_temperature_is_greedy",
+            "test_top_p_of_1_excludes_nothing",
         ],
     ),
     "rope": (
         ["model.py:rotate"],
         [
-            "test_model.py::test_rotation_is_a_product_of_complex_numbers",
-            "test_model.py::test_rope_scores_depend_on_relative_position_only_and_on_every_step_of_it",
-            "test_model.py::test_rotation_keeps_lengths_and_leaves_position_0_alone",
-            "test_model.py::test_bfloat16_is_rotated_in_float32",
-            "test_model.py::test_equal_to_starcoder2_at_every_length",
+            "test_rotation_is_a_product_of_complex_numbers",
+            "test_rope_scores_depend_on_relative_position_only_and_on_every_step_of_it",
+            "test_rotation_keeps_lengths_and_leaves_position_0_alone",
+            "test_bfloat16_is_rotated_in_float32",
+            "test_equal_to_starcoder2_at_every_length",
         ],
     ),
     "gqa": (
         ["model.py:copy_heads", "plumbing/conversion.py:average_heads"],
         [
-            "test_model.py::test_attend_is_softmax_by_hand",
-            "test_model.py::test_gqa_equals_multi_head_with_repeated_heads",
-            "tests/test_huggingface.py::test_mean_of_identical_heads_changes_nothing",
-            "tests/test_huggingface.py::test_pooled_head_is_the_mean_of_those_it_replaces",
-            "tests/test_huggingface.py::test_fewer_heads_cannot_become_more",
+            "test_attend_is_softmax_by_hand",
+            "test_gqa_equals_multi_head_with_repeated_heads",
+            "test_mean_of_identical_heads_changes_nothing",
+            "test_pooled_head_is_the_mean_of_those_it_replaces",
+            "test_fewer_heads_cannot_become_more",
         ],
     ),
     "visible": (
         ["model.py:visible"],
         [
-            "test_model.py::test_visible_is_the_definition",
-            "test_model.py::test_window_sees_exactly_W_keys",
-            "test_model.py::test_receptive_field_after_L_layers_is_L_times_W_minus_1_plus_1",
+            "test_visible_is_the_definition",
+            "test_window_sees_exactly_W_keys",
+            "test_receptive_field_after_L_layers_is_L_times_W_minus_1_plus_1",
         ],
     ),
     "blocks": (
         ["model.py:attend_in_blocks"],
         [
-            "test_model.py::test_blocks_equal_the_mask_forward_and_backward",
-            "test_model.py::test_blocks_under_dropout_have_the_mean_of_those_without",
-            "test_model.py::test_keys_per_query_counts_what_attention_computes",
-            "test_model.py::test_flops_per_token_is_what_torch_counts",
+            "test_blocks_equal_the_mask_forward_and_backward",
+            "test_blocks_under_dropout_have_the_mean_of_those_without",
+            "test_keys_per_query_counts_what_attention_computes",
+            "test_flops_per_token_is_what_torch_counts",
         ],
     ),
     "ring": (
         ["model.py:LayerCache.read", "model.py:LayerCache.write"],
         [
-            "test_model.py::test_ring_holds_the_last_W_positions",
-            "test_model.py::test_cached_equals_uncached_in_chunks_past_several_wraps",
-            "test_model.py::test_cached_equals_uncached_in_chunks_of_every_size_in_turn",
-            "test_model.py::test_cache_keeps_no_history_of_gradients",
-            "test_model.py::test_cache_is_allocated_once",
+            "test_ring_holds_the_last_W_positions",
+            "test_cached_equals_uncached_in_chunks_past_several_wraps",
+            "test_cached_equals_uncached_in_chunks_of_every_size_in_turn",
+            "test_cache_keeps_no_history_of_gradients",
+            "test_cache_is_allocated_once",
         ],
     ),
     "accumulate": (
         ["train.py:accumulate_gradients"],
         [
-            "tests/test_training.py::test_accumulation_changes_nothing_but_rounding",
-            "tests/test_training.py::test_first_step_equals_one_written_out_by_hand",
-            "tests/test_several_processes.py::"
+            "test_accumulation_changes_nothing_but_rounding",
+            "test_first_step_equals_one_written_out_by_hand",
             "test_gradients_are_sent_once_per_step_however_many_parts_it_has",
         ],
     ),
     "schedule": (
         ["train.py:lr_at", "train.py:make_optimizers"],
         [
-            "tests/test_training.py::test_learning_rate_warms_up_and_follows_a_cosine",
-            "tests/test_training.py::"
+            "test_learning_rate_warms_up_and_follows_a_cosine",
             "test_learning_rate_ends_at_a_tenth_after_the_last_step_unless_told_otherwise",
-            "tests/test_training.py::test_first_step_equals_one_written_out_by_hand",
-            "tests/test_training.py::"
+            "test_first_step_equals_one_written_out_by_hand",
             "test_muon_moves_the_matrices_inside_the_blocks_and_adamw_the_rest",
         ],
     ),
     "order": (
         ["plumbing/token_files.py:Data.batch"],
         [
-            "tests/test_token_files.py::test_every_token_is_seen_once_per_epoch",
-            "tests/test_token_files.py::test_epochs_differ_in_order_and_in_where_windows_begin",
-            "tests/test_token_files.py::test_batch_is_a_function_of_seed_and_number_alone",
+            "test_every_token_is_seen_once_per_epoch",
+            "test_epochs_differ_in_order_and_in_where_windows_begin",
+            "test_batch_is_a_function_of_seed_and_number_alone",
         ],
     ),
     "ddp": (
         ["train.py:replicate"],
         [
-            "tests/test_several_processes.py::"
             "test_every_mode_gives_the_losses_and_gradient_norms_of_one_process",
-            "tests/test_several_processes.py::test_every_mode_resumes_its_own_checkpoint_to_the_bit",
+            "test_every_mode_resumes_its_own_checkpoint_to_the_bit",
         ],
     ),
     "fsdp": (
         ["train.py:shard"],
         [
-            "tests/test_several_processes.py::"
             "test_every_mode_gives_the_losses_and_gradient_norms_of_one_process",
-            "tests/test_several_processes.py::test_with_FSDP_each_process_holds_one_part_of_N",
+            "test_with_FSDP_each_process_holds_one_part_of_N",
         ],
     ),
     "resume": (
         ["plumbing/checkpoints.py:restore_optimizers"],
         [
-            "tests/test_resuming.py::test_resumed_run_is_exact_to_the_bit",
-            "tests/test_resuming.py::test_optimizer_state_of_another_model_is_one_clear_line",
-            "tests/test_several_processes.py::"
+            "test_resumed_run_is_exact_to_the_bit",
+            "test_optimizer_state_of_another_model_is_one_clear_line",
             "test_every_mode_continues_from_a_checkpoint_of_every_other",
         ],
     ),
@@ -266,10 +259,19 @@ def start(name):
           f"for the committed version: git restore {' '.join(files)}")
 
 
+def located(tests):
+    """The tests as pytest finds them, file::test"""
+    found = {}
+    for path in (ROOT / "test_model.py", *sorted((ROOT / "tests").glob("test_*.py"))):
+        for test in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE):
+            found[test] = f"{path.relative_to(ROOT)}::{test}"
+    return [found[test] for test in tests]
+
+
 def check(name):
     _, graders = EXERCISES[name]
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--maxfail=3", *graders]
-    sys.exit(subprocess.run(command, cwd=ROOT).returncode)
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--maxfail=3"]
+    sys.exit(subprocess.run([*command, *located(graders)], cwd=ROOT).returncode)
 
 
 def show(name, hints):

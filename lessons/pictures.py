@@ -60,7 +60,7 @@ def cone(L, T, W):
 
 def shade(ax, values, highest):
     from matplotlib.colors import ListedColormap
-    ax.imshow(values, cmap=ListedColormap(SHADES), vmin=0, vmax=highest, aspect="equal")
+    ax.imshow(values.numpy(), cmap=ListedColormap(SHADES), vmin=0, vmax=highest, aspect="equal")
 
 
 def draw_windows():
@@ -132,9 +132,9 @@ def draw_rope():
     for (row, column), d in zip(chosen, (0, 2, 3, 4, 7), strict=True):
         turn = 2 * math.pi * 10_000 ** (2 * d / D)
         axes[row, column].set_title(f"pair {d}: one turn in {turn:,.0f} tokens")
-        axes[row, column].plot(distances, scores[d], color=MIDDLE)
+        axes[row, column].plot(distances.numpy(), scores[d].numpy(), color=MIDDLE)
     axes[2, 1].set_title("all 8 pairs")
-    axes[2, 1].plot(distances, scores[-1], color=DARK)
+    axes[2, 1].plot(distances.numpy(), scores[-1].numpy(), color=DARK)
     for ax in axes.flat:
         ax.axvspan(trained, 4 * trained, color=LIGHT, alpha=0.5, linewidth=0)
         ax.axhline(0, color="#888888", linewidth=0.6)

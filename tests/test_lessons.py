@@ -66,9 +66,7 @@ def test_every_lesson_is_one_screen_in_the_one_form():
         text = read(page)
         assert len(text.splitlines()) <= 75, page.name
         parts = ("Problem", "Cost", "Pitfalls", "Paper", "Run it", "Tests", "Exercise")
-        places = [text.index(f"**{part}") for part in parts]
-        assert places == sorted(places), page.name
-        assert text.index("**Shapes") or "holds" in text
+        assert [part for part in parts if f"**{part}" not in text] == [], page.name
 
 
 def test_four_lines_of_attention_equal_attend():
@@ -100,7 +98,7 @@ def test_numbers_in_the_lessons_are_computed():
         "1_gpt2.md": [f"{gpt2.num_params():,} parameters",
                       f"{gpt2.flops_per_token(1024) / 1e9:.2f} billion"],
         "2_attention.md": ["T = 2C", "T = 6C: 4,608 tokens"],
-        "3_rope.md": [f"{1024 * 768:,}", f"turns\nonce in {turns[0]:.0f} tokens",
+        "3_rope.md": [f"{1024 * 768:,}", f"turns once in {turns[0]:.0f} tokens",
                       f"pair 4 needs {turns[4]:.0f}"],
         "4_gqa.md": [f"{per_token:,} bytes", f"{per_token // 3:,} with 4 key/value heads",
                      f"takes {gpt2.num_params() / 1e6:.1f}M parameters to "
@@ -114,7 +112,7 @@ def test_numbers_in_the_lessons_are_computed():
     }
     for page, numbers in said.items():
         for number in numbers:
-            assert number in read(LESSONS / page), (page, number)
+            assert number in " ".join(read(LESSONS / page).split()), (page, number)
 
 
 # config/class.py with these flags, and the validation losses at steps 0, 50, ... that lessons state
@@ -166,10 +164,10 @@ def test_attention_weights_are_those_the_model_uses():
 @pytest.mark.usefixtures("short_sample")
 def test_maps_of_ones_own_run_are_drawn():
     train.main([*TINY, "--max_iters=6"])
-    lessons.attention.main(["--out_dir=out", "--prompt=ab", "--tokens=6", "--heads=0"])
+    lessons.attention.main(["--out_dir=out", "--prompt=the", "--tokens=6", "--heads=0"])
     assert Path("out/attention.png").stat().st_size > 1000
     rows = Path("out/attention.csv").read_text(encoding="utf-8").splitlines()
-    assert len(rows) > 21
+    assert len(rows) == 1 + 2 * 2 * 21   # two layers, without and with a window
 
 
 @pytest.mark.parametrize("argument, match", [
@@ -228,9 +226,7 @@ def test_every_function_and_test_of_the_exercises_exists():
         for function in functions:
             file, qualified_name = function.split(":")
             assert exercises.find(read(HERE / file), qualified_name) is not None, function
-        for grader in graders:
-            file, test = grader.split("::")
-            assert f"\ndef {test}(" in read(HERE / file), grader
+        assert len(exercises.located(graders)) == len(graders) > 1
         assert f"\n## {name}\n" in read(LESSONS / "exercises.md")
         pages = [page for page in NUMBERED if f"(exercises.md#{name})" in read(page)]
         assert len(pages) == 1, name
@@ -280,7 +276,7 @@ def test_outside_a_git_repository_nothing_is_emptied(tmp_path):
     assert status == 1 and "no git repository" in err and read(copy / "model.py") == before
 
 
-def check(copy, name):
+def passes(copy, name):
     """Whether the graders of an exercise pass"""
     status, out, _ = run(copy, "check", name)
     assert status in (0, 1), out   # 1: tests failed; others: they could not be run
@@ -292,9 +288,9 @@ def check(copy, name):
 def test_an_emptied_function_fails_its_tests_and_the_restored_one_passes(name, tmp_path):
     copy = project(tmp_path)
     assert run(copy, "start", name)[0] == 0
-    assert not check(copy, name)
+    assert not passes(copy, name)
     subprocess.run(["git", "restore", "."], cwd=copy, check=True)
-    assert check(copy, name)
+    assert passes(copy, name)
 
 
 # What a student may write instead, and the test that notices: exercise, old, new, test
@@ -334,7 +330,8 @@ WRONG = [
      "test_flops_per_token_is_what_torch_counts"),
     ("blocks", "block_mask, dropout=dropout", "block_mask",
      "test_blocks_under_dropout_have_the_mean_of_those_without"),
-    ("ring", ".detach()", "", "test_cache_keeps_no_history_of_gradients"),
+    ("ring", ".detach().type_as(self.k)", ".type_as(self.k)",
+     "test_cache_keeps_no_history_of_gradients"),
     ("ring", "min(self.length, len(self.pos))", "len(self.pos)",
      "test_cached_equals_uncached_in_chunks_past_several_wraps"),
     ("accumulate", " * (place.micro / share)", "",
@@ -370,7 +367,7 @@ def test_every_wrong_answer_is_in_its_exercise_and_its_test_among_the_graders():
             bodies.append(ast.get_source_segment(
                 source, exercises.find(source, qualified_name), padded=True))
         assert sum(body.count(old) for body in bodies) == 1, (name, old)
-        assert any(grader.endswith(f"::{test}") for grader in graders), (name, test)
+        assert test in graders, (name, test)
 
 
 @pytest.mark.slow
@@ -385,10 +382,9 @@ def test_wrong_answer_is_noticed(name, old, new, test, tmp_path):
             body = ast.get_source_segment(source, node, padded=True)
             source = source.replace(body, body.replace(old, new))
         (copy / file).write_text(source, encoding="utf-8")
-    assert not check(copy, name)
-    graders = [g for g in exercises.EXERCISES[name][1] if g.endswith(f"::{test}")]
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", *graders], cwd=copy,
-                          capture_output=True, encoding="utf-8")
+    assert not passes(copy, name)
+    command = [sys.executable, "-m", "pytest", "-q", *exercises.located([test])]
+    done = subprocess.run(command, cwd=copy, capture_output=True, encoding="utf-8")
     assert done.returncode == 1, done.stdout
 
 
@@ -423,4 +419,4 @@ def test_a_DistributedDataParallel_of_ones_own_passes(tmp_path):
     source = read(copy / "train.py").replace("\n    raise NotImplementedError\n",
                                              textwrap.indent(OWN_DDP, ""))
     (copy / "train.py").write_text(source, encoding="utf-8")
-    assert check(copy, "ddp")
+    assert passes(copy, "ddp")
