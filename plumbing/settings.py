@@ -47,6 +47,8 @@ def read_settings(argv, doc, *classes):
     args = list(argv)
     while args:
         arg = args.pop(0)
+        if any("\ud800" <= c <= "\udfff" for c in arg):   # so Python passes on other bytes
+            raise InputError(f"{ascii(arg)} is not UTF-8")
         if arg in ("-h", "--help"):
             print_help(doc, classes)
             sys.exit(0)

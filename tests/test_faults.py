@@ -362,7 +362,8 @@ def test_Ctrl_C_at_any_moment_is_one_line(script, argv, seconds):
     (["--learning_rate=nan"], "learning_rate='nan' is of type str"),
     (["--use_rope", "--rope_theta=1e999"], "rope_theta=inf must be"),
     (["--out_dir=a\0b"], "out_dir=.*null"),
-    (["--out_dir=a\ud800"], "out_dir=.*surrogates"),
+    (["--out_dir=a\ud800"], "'--out_dir=a.*' is not UTF-8"),
+    (["--out_dir=a\udcff"], "'--out_dir=a.*' is not UTF-8"),   # the byte 0xff
 ])
 def test_numbers_and_names_beyond_all_bounds_are_one_clear_line(argv, match):
     fails(train, *TINY, *argv, match=match)

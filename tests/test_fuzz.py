@@ -8,6 +8,7 @@ import copy
 import json
 import os
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from plumbing.token_files import Data, load_meta
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_sample")]
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
 SECONDS = 120   # for each kind of file
+MORE_MEMORY = 3 * 2**30   # bytes beyond what the process has at the start; then a MemoryError
 HOSTILE = [
     None, True, False, -1, 0, 1, 3, 2**31, 2**63, 10**400, 1e308, -1e-320, float("nan"), "", "x",
     "\ud800", "\0", "../../x", "x" * 10_000, [], {}, [[]], [1, "a"], {"a": {"b": 1}},
@@ -36,6 +38,22 @@ TENSORS = [
     torch.zeros(1).expand(48, 16), torch.zeros(48, 16, device="meta"),
     torch.zeros(48, 16, dtype=torch.complex64),
 ]
+
+
+@pytest.fixture(autouse=True)
+def limited_memory():
+    """Allocations fail past a limit, which processes that are started inherit."""
+    if sys.platform != "linux":
+        yield
+        return
+    import resource  # not on Windows
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + MORE_MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (before, hard))
 
 
 def changed_bytes(raw, rng):
