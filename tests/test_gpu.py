@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from functorch.compile import aot_module, make_boxed_compiler
-from helpers import HERE, LONGER, TINY, checkpoint, same_course, start_machines
+from helpers import HERE, LONGER, TINY, checkpoint, same_course, same_state, start_machines
 from test_tokenizers import trained
 from torch.nn.attention import varlen
 
@@ -298,11 +298,23 @@ def test_models_are_sharded_inside_a_machine_and_copied_between_them(
     assert found == shape and len(names) == len(shape) and names[-1] == "shards"
 
 
+def train_on_two_machines(*flags):
+    both = start_machines(HERE / "train.py", *LONGER, *flags, "--micro_batch_size=3", "--fsdp", n=2)
+    assert [process.returncode for process in both] == [0, 0], both[0].err + both[1].err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--optimizer=muon"]], ids=["adamw", "muon"])
+def test_two_machines_of_two_processes_resume_to_the_bit(flags):
+    train_on_two_machines(*flags, "--out_dir=whole")
+    train_on_two_machines(*flags, "--out_dir=half", "--max_iters=10")
+    train_on_two_machines(*flags, "--out_dir=half", "--init_from=resume")
+    assert same_state(Path("half"), Path("whole"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--optimizer=muon"]], ids=["adamw", "muon"])
 def test_two_machines_of_two_processes_have_the_losses_of_one(flags):
-    both = start_machines(HERE / "train.py", *LONGER, *flags, "--micro_batch_size=3", "--fsdp",
-                          n=2)
-    assert [process.returncode for process in both] == [0, 0], both[0].err + both[1].err
+    train_on_two_machines(*flags)
     train.main([*LONGER, *flags, "--out_dir=alone"])
     same_course(Path("alone"), Path("out"))
