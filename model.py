@@ -346,7 +346,10 @@ class Block(nn.Module):
 
 
 def sample(logits, temperature, top_k, top_p):
-    """Draw one token per row: (B,V) -> (B,1)"""
+    """
+    Draw one token per row: (B,V) -> (B,1). The arguments are those of generate: temperature 0 takes
+    the likeliest token, otherwise it divides the logits; then top_k, then top_p; None = all tokens.
+    """
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float()

@@ -267,7 +267,10 @@ def shard(model, c, place):
 
 
 def replicate(model, c, place):
-    """DDP around the model"""
+    """
+    A module that the loop calls instead of the model, which is on its device: in the backward pass
+    it averages the gradients over all processes, unless set_gradient_sync has switched that off.
+    """
     net = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if not c.eval_only:
         # After its first backward pass DDP regroups gradients into other buckets, which changes the

@@ -79,7 +79,7 @@ def rows_of_maps(model, idx, tokenizer, layers, heads):
 def draw_maps(rows, path):
     """rows: dictionaries with the FIELDS, as a CSV file gives them back"""
     texts = {int(row["key"]): row["key_text"] for row in rows}
-    labels = [texts[i].replace("\n", "\\n").replace(" ", "_") for i in range(len(texts))]
+    labels = [texts[i].replace("\n", "\\n").replace(" ", "·") for i in range(len(texts))]
     T = len(texts)
     maps = {}   # {layer: {(head, window): (T,T)}}
     for row in rows:
@@ -91,11 +91,11 @@ def draw_maps(rows, path):
     fig, axes = figure(columns * size + 0.5, len(maps) * (size + 0.3), len(maps), columns)
     for row_of_axes, layer in zip(axes, sorted(maps), strict=True):
         for ax, (head, window) in zip(row_of_axes, sorted(maps[layer]), strict=True):
-            ax.imshow(maps[layer][head, window].numpy(), cmap="Greys", vmin=0, vmax=0.8)
+            ax.imshow(maps[layer][head, window].numpy(), cmap="Greys", vmin=0, vmax=1)
             ending = f", window {window}" if window else ""
             ax.set_title(f"layer {layer}, head {head}{ending}")
-            ax.set_xticks(range(T), labels, fontsize=8)
-            ax.set_yticks(range(T), labels, fontsize=8)
+            ax.set_xticks(range(T), labels, fontsize=9, family="monospace")
+            ax.set_yticks(range(T), labels, fontsize=9, family="monospace")
             ax.tick_params(length=0, pad=1)
     save(fig, path)
 

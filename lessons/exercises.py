@@ -4,10 +4,11 @@ Exercises: write functions of this project yourself, graded by its own tests.
   python lessons/exercises.py              the exercises, and how far you are with each
   python lessons/exercises.py show rope    what to do; show rope 1 adds the first hint
   python lessons/exercises.py start rope   empties the function, in the file itself
-  python lessons/exercises.py check rope   runs its tests
+  python lessons/exercises.py check rope   runs its tests; an answer that passes is kept in
+                                           lessons/answers/
 
-Afterwards `git diff` compares what you wrote with what was there, and `git restore` brings that
-back. Training, sampling and every other test run on what you wrote.
+Meanwhile training, sampling and all other tests run on what you wrote. `git diff` compares it with
+what was there, and `git restore` brings that back, for the next exercise.
 """
 
 import ast
@@ -18,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "lessons" / "exercises.md"
+ANSWERS = ROOT / "lessons" / "answers"
 TODO = "raise NotImplementedError"
 
 # name: the functions to write, as file:function, and the tests that grade them
@@ -139,14 +141,6 @@ EXERCISES = {
             "test_muon_moves_the_matrices_inside_the_blocks_and_adamw_the_rest",
         ],
     ),
-    "order": (
-        ["plumbing/token_files.py:Data.batch"],
-        [
-            "test_every_token_is_seen_once_per_epoch",
-            "test_epochs_differ_in_order_and_in_where_windows_begin",
-            "test_batch_is_a_function_of_seed_and_number_alone",
-        ],
-    ),
     "ddp": (
         ["train.py:replicate"],
         [
@@ -159,6 +153,14 @@ EXERCISES = {
         [
             "test_every_mode_gives_the_losses_and_gradient_norms_of_one_process",
             "test_with_FSDP_each_process_holds_one_part_of_N",
+        ],
+    ),
+    "order": (
+        ["plumbing/token_files.py:Data.batch"],
+        [
+            "test_every_token_is_seen_once_per_epoch",
+            "test_epochs_differ_in_order_and_in_where_windows_begin",
+            "test_batch_is_a_function_of_seed_and_number_alone",
         ],
     ),
     "resume": (
@@ -183,21 +185,38 @@ def find(source, qualified_name):
     return node
 
 
-def body_without_docstring(node):
-    """The first and the last line of a function's body, counted from 1"""
-    statements = node.body
-    if ast.get_docstring(node) is not None:
-        statements = statements[1:]
-    return statements[0].lineno, statements[-1].end_lineno
+def source_of(source, qualified_name):
+    """The text of a function; "" if there is none of this name"""
+    node = find(source, qualified_name)
+    return ast.get_source_segment(source, node, padded=True) if node else ""
 
 
 def empty(source, qualified_name):
     """The source of a file with this function's body replaced; signature and docstring stay."""
     node = find(source, qualified_name)
-    first, last = body_without_docstring(node)
     lines = source.splitlines(keepends=True)
+    statements = node.body
+    if ast.get_docstring(node) is not None:
+        statements = statements[1:]
+    first = statements[0].lineno - 1
+    while lines[first - 1].strip().startswith("#"):   # comments on it go, too
+        first -= 1
     indent = " " * (node.col_offset + 4)
-    return "".join([*lines[:first - 1], f"{indent}{TODO}\n", *lines[last:]])
+    return "".join([*lines[:first], f"{indent}{TODO}\n", *lines[node.end_lineno:]])
+
+
+def read(file):
+    return (ROOT / file).read_text(encoding="utf-8")
+
+
+def functions_of(name):
+    """Yield file, qualified name, and the source of the function as it is now"""
+    for function in EXERCISES[name][0]:
+        file, qualified_name = function.split(":")
+        try:
+            yield file, qualified_name, source_of(read(file), qualified_name)
+        except SyntaxError as e:
+            sys.exit(f"error: {file}, line {e.lineno}: {e.msg}")
 
 
 def files_of(name):
@@ -211,30 +230,24 @@ def git(*arguments):
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8")
     except FileNotFoundError:
-        sys.exit("error: git is not installed, which keeps what you replace")
+        sys.exit("error: git is not installed; it is needed to keep the code that you replace")
     if done.returncode != 0:
-        sys.exit("error: this folder is no git repository, which would keep what you replace: "
-                 "clone the project instead of downloading its files")
+        sys.exit("error: this folder is not a git repository, which would keep the code that you "
+                 "replace: clone the project instead of downloading its files")
     return done.stdout
 
 
+def is_started(name):
+    return any(TODO in source for _, _, source in functions_of(name))
+
+
 def state(name):
-    functions, _ = EXERCISES[name]
-    now = []
-    committed = []
-    for function in functions:
-        file, qualified_name = function.split(":")
-        for found, source in (
-            (now, (ROOT / file).read_text(encoding="utf-8")),
-            (committed, git("show", f"HEAD:{file}")),
-        ):
-            node = find(source, qualified_name)
-            found.append(ast.get_source_segment(source, node) if node else "")
-    if now == committed:
-        return "as it was"
-    if any(TODO in source for source in now):
+    if is_started(name):
         return "started"
-    return "written: check it"
+    for file, qualified_name, source in functions_of(name):
+        if source != source_of(git("show", f"HEAD:{file}"), qualified_name):
+            return "written: check it"
+    return "solved" if (ANSWERS / f"{name}.py").exists() else ""
 
 
 def show_list():
@@ -244,19 +257,20 @@ def show_list():
 
 
 def start(name):
+    if is_started(name):
+        sys.exit(f"error: {name} is started: write it, then python lessons/exercises.py check "
+                 f"{name}")
     files = files_of(name)
-    changed = git("status", "--porcelain", "--", *files).split("\n")[0]
+    changed = git("status", "--porcelain", "--", *files).split("\n")[0][3:]
     if changed:
-        sys.exit(f"error: {changed[3:]} has changes that are not committed: commit them, or bring "
-                 f"it back with git restore {changed[3:]}")
-    functions, _ = EXERCISES[name]
-    for function in functions:
-        file, qualified_name = function.split(":")
-        source = (ROOT / file).read_text(encoding="utf-8")
-        (ROOT / file).write_text(empty(source, qualified_name), encoding="utf-8", newline="\n")
+        sys.exit(f"error: {changed} has changes that are not committed. Answers that passed their "
+                 "check are kept in lessons/answers; to bring the file back: "
+                 f"git restore --staged --worktree {changed}")
+    for file, qualified_name, _ in functions_of(name):
+        (ROOT / file).write_text(empty(read(file), qualified_name), encoding="utf-8", newline="\n")
         print(f"{file}: the body of {qualified_name} is yours to write")
     print(f"then: python lessons/exercises.py check {name}; "
-          f"for the committed version: git restore {' '.join(files)}")
+          f"to bring back what was there: git restore {' '.join(files)}")
 
 
 def located(tests):
@@ -269,9 +283,15 @@ def located(tests):
 
 
 def check(name):
+    sources = [source for _, _, source in functions_of(name)]
     _, graders = EXERCISES[name]
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--maxfail=3"]
-    sys.exit(subprocess.run([*command, *located(graders)], cwd=ROOT).returncode)
+    status = subprocess.run([*command, *located(graders)], cwd=ROOT).returncode
+    if status == 0:
+        ANSWERS.mkdir(exist_ok=True)
+        text = "\n\n\n".join(sources) + "\n"
+        (ANSWERS / f"{name}.py").write_text(text, encoding="utf-8", newline="\n")
+    sys.exit(status)
 
 
 def show(name, hints):
@@ -281,6 +301,7 @@ def show(name, hints):
     task, *given = re.split(r"<details><summary>Hint \d+</summary>\n", section)
     given = [hint.split("</details>")[0].strip() for hint in given]
     print(task.strip())
+    print(f"\nGraded by {', '.join(located(EXERCISES[name][1]))}")
     for i, hint in enumerate(given[:hints], 1):
         print(f"\nHint {i} of {len(given)}: {hint}")
     if hints < len(given):
@@ -288,7 +309,7 @@ def show(name, hints):
 
 
 def main(argv):
-    if not argv:
+    if not argv or argv[0] in ("-h", "--help", "list"):
         return show_list()
     command, *rest = argv
     name = rest[0] if rest else None
@@ -299,8 +320,8 @@ def main(argv):
         sys.exit(f"error: {command} {name or 'what?'}: choose from {', '.join(EXERCISES)}")
     hints = rest[1] if command == "show" and len(rest) == 2 else "0"
     if len(rest) > 2 or (len(rest) == 2 and command != "show") or not hints.isdigit():
-        sys.exit(f"error: {' '.join(argv)}: nothing more than a name is expected, and after show a "
-                 "number of hints")
+        sys.exit(f"error: {' '.join(argv)}: expected a name; after show, a number of hints may "
+                 "follow")
     if command == "show":
         show(name, int(hints))
     elif command == "start":

@@ -66,11 +66,10 @@ def shade(ax, values, highest):
 def draw_windows():
     T, W = 16, 4
     pos = torch.arange(T)
-    fig, ((full, window, blocks), (ring, reach, empty)) = figure(
-        11, 5.6, 2, 3, gridspec_kw={"height_ratios": (2.2, 1)})
-    empty.axis("off")
+    fig, ((full, window, blocks), (ring, reach, key)) = figure(
+        11, 5.8, 2, 3, gridspec_kw={"height_ratios": (2.2, 1)})
     for ax, title, values in (
-        (full, "full attention: T*T products", 1 + 2 * visible(pos, pos, 0).int()),
+        (full, "full attention", 1 + 2 * visible(pos, pos, 0).int()),
         (window, f"a window of W = {W}, by a mask", 1 + 2 * visible(pos, pos, W).int()),
         (blocks, f"in blocks of W = {W}", seen_in_blocks(T, W)),
     ):
@@ -79,29 +78,39 @@ def draw_windows():
         ax.set_xticks(range(0, T, 4))
         ax.set_yticks(range(0, T, 4))
     for edge in range(W, T, W):
-        blocks.axhline(edge - 0.5, color=ACCENT, linewidth=0.8)
-        blocks.axvline(edge - 0.5, color=ACCENT, linewidth=0.8)
-
-    slots = ring_over_time(W, 10)
-    grid(ring, "the cache: positions in W slots", "tokens so far", "slot")
-    shade(ring, torch.zeros_like(slots), 3)
-    for (slot, time), position in zip(
-            torch.cartesian_prod(torch.arange(W), torch.arange(10)).tolist(),
-            slots.flatten().tolist(), strict=True):
-        newest = position == time
-        if position >= 0:
-            ring.text(time, slot, position, ha="center", va="center",
-                      color=ACCENT if newest else DARK, weight="bold" if newest else "normal")
-    ring.set_xticks(range(10), range(1, 11))
-    ring.set_yticks(range(W))
-
+        blocks.axhline(edge - 0.5, color=ACCENT, linewidth=1.5)
+        blocks.axvline(edge - 0.5, color=ACCENT, linewidth=1.5)
+    draw_ring(ring, W, tokens=10)
     L = 4
-    grid(reach, f"what token 15 depends on, {L} layers", "token", "after layer")
+    grid(reach, f"what token {T - 1} depends on", "token", "after layer")
     shade(reach, 3 * cone(L, T, W).int(), 3)
     reach.set_xticks(range(0, T, 4))
-    reach.set_yticks(range(L + 1), ["input", *range(1, L + 1)])
+    reach.set_yticks(range(L + 1), ["input", *range(L)])
     reach.invert_yaxis()
+    key.axis("off")
+    for y, (shade_of, meaning) in enumerate((
+            (DARK, "computed and seen"), (LIGHT, "computed, then masked"),
+            ("white", "not computed"))):
+        key.barh(-y, 1, height=0.6, color=shade_of, edgecolor=DARK)
+        key.text(1.3, -y, meaning, va="center")
+    key.set_xlim(-1, 8)
+    key.set_ylim(-3, 1)
     save(fig, HERE / "windows.png")
+
+
+def draw_ring(ax, W, tokens):
+    slots = ring_over_time(W, tokens)
+    grid(ax, f"the cache: positions in {W} slots", "tokens so far", "slot")
+    shade(ax, torch.zeros_like(slots), 3)
+    for slot in range(W):
+        for time in range(tokens):
+            position = slots[slot, time].item()
+            if position >= 0:
+                box = {"boxstyle": "square,pad=0.15", "facecolor": LIGHT, "edgecolor": DARK}
+                ax.text(time, slot, position, ha="center", va="center", color="black",
+                        bbox=box if position == time else None)
+    ax.set_xticks(range(tokens), range(1, tokens + 1))
+    ax.set_yticks(range(W))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -129,7 +138,7 @@ def draw_rope():
     scores = mean_scores(D, distances)
     fig, axes = figure(9, 7, 3, 2, sharex=True, sharey=True)
     chosen = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
-    for (row, column), d in zip(chosen, (0, 2, 3, 4, 7), strict=True):
+    for (row, column), d in zip(chosen, (1, 2, 3, 4, 7), strict=True):
         turn = 2 * math.pi * 10_000 ** (2 * d / D)
         axes[row, column].set_title(f"pair {d}: one turn in {turn:,.0f} tokens")
         axes[row, column].plot(distances.numpy(), scores[d].numpy(), color=MIDDLE)
@@ -143,14 +152,14 @@ def draw_rope():
         ax.set_xlabel("distance of key and query, tokens")
     for ax in axes[:, 0]:
         ax.set_ylabel("score")
-    axes[2, 0].text(trained + 20, -0.7, "never seen in training", color=DARK)
+    axes[2, 0].text(trained + 15, -0.7, "distances never seen in training", color=DARK)
     save(fig, HERE / "rope.png")
 
 
 # --------------------------------------------------------------------------------------------------
 # Memory of DDP and FSDP
 
-PARTS = ("parameters", "gradients", "first average", "second average")   # of AdamW, float32 each
+PARTS = ("parameters", "gradients", "AdamW: mean gradient", "AdamW: mean squared gradient")
 
 
 def draw_memory():
@@ -159,7 +168,7 @@ def draw_memory():
         parameters = GPT(config).num_params()
     gigabytes = 4 * parameters / 1e9
     fig, ((ax,),) = figure(8, 4)
-    bars = {"DDP, any number": 1, "FSDP, 2 processes": 2, "FSDP, 8 processes": 8}
+    bars = {"DDP, any number\nof processes": 1, "FSDP, 2 processes": 2, "FSDP, 8 processes": 8}
     for row, n in enumerate(bars.values()):
         for i, part in enumerate(PARTS):
             ax.barh(row, gigabytes / n, left=i * gigabytes / n, height=0.6,
@@ -181,7 +190,7 @@ def draw_memory():
 def draw_event(ax, x, kind, what, share):
     """share: the bytes that are sent, as a part of those of all parameters"""
     if kind == "send":
-        colour = "white" if what == "all-gather" else DARK
+        colour = "white" if what == "all-gather" else DARK   # parameters, gradients
         ax.bar(x, -share, bottom=-0.15, width=0.8, color=colour, edgecolor=DARK)
         return
     name = {"embed": "e", "head": "h"}.get(what, what.removeprefix("block "))
@@ -193,20 +202,21 @@ def draw_event(ax, x, kind, what, share):
 def draw_step():
     with torch.device("meta"):
         whole = 4 * GPT(watch.CONFIG).num_params()
-    fig, axes = figure(11, 5.2, 2, 1)
-    for (ax,), mode in zip(axes, ("ddp", "fsdp"), strict=True):
+    fig, axes = figure(11, 4.4, 2, 1, gridspec_kw={"height_ratios": (1.5, 0.75)})
+    for (ax,), (mode, deepest) in zip(axes, {"ddp": 1.0, "fsdp": 0.25}.items(), strict=True):
         events = watch.watched_step(mode)
         for x, (kind, what, size) in enumerate(events):
             draw_event(ax, x, kind, what, size / whole)
-        ax.set_xlim(-0.7, len(events) - 0.3)
-        ax.set_ylim(-1.2, 0.4)
-        ax.set_yticks([0.14, -0.65], ["computed", "sent"])
+        ax.set_xlim(-0.7, 46.6)
+        ax.set_ylim(-0.15 - deepest, 0.4)
+        ax.set_yticks([0.14, -0.15 - deepest / 2], ["computed", "sent"])
         ax.set_xticks([])
         ax.tick_params(length=0)
-        ax.set_title(f"{mode.upper()}: one step of two micro-batches")
+        sent = sum(size for _, _, size in events) / whole
+        ax.set_title(f"{mode.upper()}: a process sends {sent:.1f} times the size of the model")
     axes[1, 0].set_xlabel(
-        "from left to right in their order, not to scale in time; e = embedding, 1 to 4 = blocks, "
-        "h = head")
+        "e = embedding, 0 to 3 = blocks, h = head, with a prime: backward; "
+        "hollow = parameters, filled = gradients")
     save(fig, HERE / "step.png")
 
 

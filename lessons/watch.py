@@ -4,7 +4,7 @@ What two processes compute and send in one training step of two micro-batches, i
   torchrun --standalone --nproc_per_node=2 -m lessons.watch ddp      (or fsdp)
 
 Rank 0 prints a JSON list of [kind, what, bytes]. Kinds are forward and backward, of a part of the
-model, and send, of one of torch's collective operations.
+model, and send, of one of torch's collective operations, with the bytes that one process sends.
 """
 
 import json
@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
@@ -20,15 +21,17 @@ from plumbing.errors import InputError, run_script
 from plumbing.processes import joined
 
 CONFIG = GPTConfig(block_size=16, vocab_size=1000, n_layer=4, n_head=4, n_embd=384)
+# What each of N processes sends, as a part of the whole tensor: an all-reduce is a reduce-scatter
+# and an all-gather.
 OPERATIONS = {
-    "_allgather_base_": "all-gather",
-    "_reduce_scatter_base_": "reduce-scatter",
-    "allreduce_": "all-reduce",
+    "_allgather_base_": ("all-gather", lambda N: (N - 1) / N),
+    "_reduce_scatter_base_": ("reduce-scatter", lambda N: (N - 1) / N),
+    "allreduce_": ("all-reduce", lambda N: 2 * (N - 1) / N),
 }
 
 
 class Messages(TorchDispatchMode):
-    """Notes each collective operation, with the bytes of its larger tensor, the whole."""
+    """Notes each collective operation."""
 
     def __init__(self, events):
         super().__init__()
@@ -37,9 +40,10 @@ class Messages(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("c10d::")
         if name in OPERATIONS:
+            what, part = OPERATIONS[name]
             leaves = torch.utils._pytree.tree_leaves(args)
-            size = max(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
-            self.events.append(("send", OPERATIONS[name], size))
+            whole = max(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
+            self.events.append(("send", what, whole * part(dist.get_world_size())))
         return func(*args, **(kwargs or {}))
 
 
@@ -64,7 +68,7 @@ def watch(mode, group):
     events = []
     note(events, model.wte, "embed")
     for i, block in enumerate(model.h):
-        note(events, block, f"block {i + 1}")
+        note(events, block, f"block {i}")
     note(events, model.lm_head, "head")
     with Messages(events):
         train.accumulate_gradients(0, net, NoData(), c, place)

@@ -1,26 +1,33 @@
-"""train.py with DDP; each rank notes in sent-<rank> how often it sent its gradients."""
+"""
+train.py with DDP; each rank notes in sent-<rank> how many numbers of its gradients it gave to an
+all-reduce in each step.
+"""
 
+import torch
 from leaving import note_on_leaving
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from plumbing.errors import run_script
 
-create = DistributedDataParallel.__init__
+accumulate = train.accumulate_gradients
 sent = []
 
 
-def send(state, bucket):
-    sent.append(1)
-    return allreduce_hook(state, bucket)
+class Counter(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name == "c10d::allreduce_":
+            leaves = torch.utils._pytree.tree_leaves(args)
+            sent[-1] += sum(leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor))
+        return func(*args, **(kwargs or {}))
 
 
-def create_and_count(self, *args, **options):
-    create(self, *args, **options)
-    self.register_comm_hook(None, send)
+def accumulate_and_count(*args):
+    sent.append(0)
+    with Counter():
+        return accumulate(*args)
 
 
-DistributedDataParallel.__init__ = create_and_count
-note_on_leaving("sent", lambda status: len(sent))
+train.accumulate_gradients = accumulate_and_count
+note_on_leaving("sent", lambda status: " ".join(map(str, sent)))
 run_script(train.main)
