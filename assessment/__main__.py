@@ -18,6 +18,9 @@ What each variant costs and what it buys, measured on this machine.
   python -m assessment claims            what the papers claim, in miniature: trains small models
                                          and writes assessment/results/papers.csv; or parts of it:
                                          claims rope gqa windows recall longer time
+  python -m assessment experiments       larger experiments, whose finished runs are kept in
+                                         results/claims.csv; about two hours on two cores, or parts:
+                                         experiments rates factorial stretch recall heads text
   python -m assessment gpu               the first twenty minutes on a GPU: writes results/gpu.csv;
                                          without a GPU the same with tiny models
   python -m assessment runs out-a out-b  draws the losses of runs of train.py, by their folders or
@@ -26,13 +29,14 @@ What each variant costs and what it buys, measured on this machine.
                                          the means of papers.csv
 """
 
-from assessment import claims, cost, gpu, plots, runs, speed
+from assessment import claims, cost, experiments, gpu, plots, runs, speed
 from plumbing.errors import InputError, run_script
 
 COMMANDS = {
     "cost": cost.main,
     "speed": speed.main,
     "claims": claims.main,
+    "experiments": experiments.main,
     "gpu": gpu.main,
     "runs": runs.main,
     "plots": plots.main,

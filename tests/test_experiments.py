@@ -1,0 +1,151 @@
+"""The experiments of the assessment: what they compute beyond train.py, and how runs are kept."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import fails
+
+import assessment.__main__
+import train
+from assessment import experiments, measure
+from assessment.stretch import METHODS, frequencies, stretched
+from assessment.writing import figures
+from model import GPT, GPTConfig
+
+SHAPE = {"block_size": 64, "vocab_size": 17, "n_layer": 2, "n_head": 2, "n_embd": 32}
+
+
+def rotary(**switches):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SHAPE, use_rope=True, use_gqa=True, n_kv_head=1, **switches)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+IDX = torch.randint(17, (2, 64), generator=torch.Generator().manual_seed(0))
+
+
+def logits_of(model, method=None, s=4.0, trained=16):
+    with torch.no_grad():
+        if method is None:
+            return model(IDX)[0]
+        with stretched(method, s, trained):
+            return model(IDX)[0]
+
+
+def test_plain_is_the_attention_of_the_model_and_a_window_its_window():
+    model = rotary()
+    assert torch.allclose(logits_of(model, "plain"), logits_of(model), atol=1e-5)
+    windowed = rotary(use_swa=True, window_size=16)
+    assert torch.allclose(logits_of(model, "window"), logits_of(windowed), atol=1e-5)
+    assert torch.allclose(logits_of(model), logits_of(rotary()), atol=0)   # nothing is left behind
+
+
+def test_interpolation_divides_positions_and_ntk_is_another_theta():
+    D, theta, s = 16, 10_000.0, 4.0
+    plain = frequencies("plain", D, theta, s, 128)
+    assert torch.allclose(frequencies("interpolation", D, theta, s, 128), plain / s)
+    ntk = frequencies("ntk", D, theta, s, 128)
+    assert ntk[0] == plain[0] == 1
+    assert torch.allclose(ntk[-1], plain[-1] / s)
+
+
+def test_yarn_keeps_fast_pairs_and_divides_slow_ones():
+    D, theta, s, trained = 128, 10_000.0, 4.0, 2048
+    plain, yarn = (frequencies(method, D, theta, s, trained) for method in ("plain", "yarn"))
+    turns = trained * plain / (2 * math.pi)
+    assert torch.equal(yarn[turns >= 32], plain[turns >= 32])
+    assert torch.allclose(yarn[turns <= 1], plain[turns <= 1] / s)
+    between = (turns > 1) & (turns < 32)
+    assert ((yarn < plain) & (yarn > plain / s))[between].all() and between.any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_within_the_trained_length_nothing_changes(method):
+    model = rotary()
+    assert torch.allclose(logits_of(model, method, s=1.0, trained=64), logits_of(model), atol=1e-5)
+
+
+def test_sinks_are_seen_from_everywhere_and_at_a_constant_distance():
+    model = rotary()
+    before = logits_of(model, "sinks")[:, -1]
+    changed = IDX.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % 17
+    with torch.no_grad(), stretched("sinks", 4.0, 16):
+        assert not torch.allclose(model(changed)[0][:, -1], before, atol=1e-4)
+    one_layer = GPT(GPTConfig(**SHAPE | {"n_layer": 1}, use_rope=True)).eval()
+    with torch.no_grad(), stretched("window", 4.0, 16):
+        a, b = one_layer(IDX)[0][:, -1], one_layer(changed)[0][:, -1]
+    assert torch.equal(a, b)   # without sinks, the first token is out of sight
+
+
+def test_figures_of_texts_by_hand():
+    found = figures(["x the cat the dog x", "x aaaa aaaa x"], {"the", "cat"})
+    assert found["repetition"] == pytest.approx(2 / 6)   # the second "the", the second "aaaa"
+    assert found["real words"] == pytest.approx(3 / 6)
+    fours = [text[i:i + 4] for text in ("x the cat the dog x", "x aaaa aaaa x")
+             for i in range(len(text) - 3)]
+    assert found["distinct-4"] == len(set(fours)) / len(fours)
+
+
+def test_differences_are_paired_by_seed():
+    mean, half = experiments.difference({1: 1.0, 2: 2.1, 3: 3.2}, {1: 0.5, 2: 1.5, 3: 2.5, 4: 9.0})
+    assert mean == pytest.approx(0.6)
+    assert half == pytest.approx(4.303 * 0.1 / math.sqrt(3))   # t for 95% and 2 degrees of freedom
+
+
+def test_recall_counts_the_second_line_from_its_second_letter_on(monkeypatch):
+    """A model that repeats what stood n + 1 characters before is right on all letters counted."""
+    text = Path("recall.txt")
+    text.write_text(experiments.recall_text()[:20_000])
+    experiments.prepare_text(Path("data/recall"), [text], "char")
+    train.main(["--dataset=recall", "--n_layer=1", "--n_head=1", "--n_embd=16",
+                "--block_size=128", "--batch_size=2", "--micro_batch_size=2", "--max_iters=0",
+                "--device=cpu", "--dtype=float32"])
+    whole = GPT.from_pretrained("out")
+
+    class Copies:
+        tokenizer_spec = whole.tokenizer_spec
+        right = True
+
+        def __call__(self, idx):
+            n = (idx.shape[1] + 1) // 2 - 1
+            guess = torch.roll(idx, -1, dims=1)      # the next token, which no model can see
+            if not self.right:
+                guess[:, n + 1:2 * n] = -1
+            logits = torch.nn.functional.one_hot(guess.clamp(min=0), whole.config.vocab_size)
+            return logits * (guess >= 0)[..., None], None
+    copies = Copies()
+    monkeypatch.setattr(GPT, "from_pretrained", lambda path: copies)
+    shares = [row[3] for row in experiments.recalled(None, Path("out"), [])]
+    assert shares == [1.0, 1.0, 1.0]
+    copies.right = False
+    assert all(share < 0.2 for _, _, _, share in experiments.recalled(None, Path("out"), []))
+
+
+def test_finished_runs_are_kept_and_not_made_again(monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "RESULTS", Path("results"))
+    monkeypatch.setattr(measure, "RESULTS", Path("results"))
+    Path("results").mkdir()
+    made = []
+
+    def run(f, job, flags, dtype, folder):
+        made.append(job)
+        return [(*job, "loss", 300, 128, "1.5000"), (*job, "seconds", 300, 128, "9.0000")]
+    monkeypatch.setattr(experiments, "in_new_process", run)
+    monkeypatch.setattr(experiments, "prepare_texts", lambda names, folder: None)
+    assessment.__main__.main(["experiments", "stretch"])
+    assert len(made) == 3
+    assessment.__main__.main(["experiments", "stretch", "recall"])
+    assert len(made) == 3 + 15
+    rows = measure.read_results("claims.csv")
+    assert experiments.values_of(rows, "stretch", "rope") == {1: 1.5, 2: 1.5, 3: 1.5}
+    assert "15 runs to do" in capsys.readouterr().out
+
+
+def test_unknown_part_is_one_clear_line():
+    fails(assessment.__main__, "experiments", "nothing", match="experiments nothing: unknown part")
