@@ -168,17 +168,19 @@ def attend_in_blocks(q, k, v, window, dropout=0.0):
 
 
 def flash_fits(q, dropout):
-    """Whether attend_with_flash can be used: on most GPUs, in bfloat16, without dropout"""
-    has_flash = q.is_cuda and torch.backends.cuda.is_flash_attention_available()
+    """Whether attend_with_flash can be used: on GPUs since Ampere, in bfloat16, without dropout"""
+    if not q.is_cuda or q.dtype != torch.bfloat16 or dropout > 0:
+        return False
+    is_new = torch.cuda.get_device_properties(q.device).major >= 8
     D = q.shape[-1]
-    return has_flash and q.dtype == torch.bfloat16 and D % 8 == 0 and D <= 256 and dropout == 0
+    return is_new and D % 8 == 0 and D <= 192 and torch.backends.cuda.is_flash_attention_available()
 
 
 def attend_with_flash(q, k, v, window):
     """
-    The same by flash attention (Dao 2023), which skips keys outside the window: q (B,H,T,D),
-    k and v (B,K,T,D) -> (B,H,T,D). It takes the sequences of the batch in a row, (B*T,H,D), and
-    the positions where one ends and the next begins.
+    What attend_in_blocks does, by flash attention (Dao 2023), which skips keys outside the window:
+    q (B,H,T,D), k and v (B,K,T,D) -> (B,H,T,D). It takes the sequences of the batch in a row,
+    (B*T,H,D), and the positions where one ends and the next begins.
     """
     from torch.nn.attention.varlen import varlen_attn  # imported here: CPUs do not need it
 
@@ -245,7 +247,7 @@ class Linear(nn.Linear):
     """nn.Linear with shortcuts for a single token on a CPU, for decoding."""
 
     def forward(self, x):
-        if x.numel() != self.in_features or x.is_cuda:
+        if x.numel() != self.in_features or x.device.type != "cpu":
             return super().forward(x)
         if self.weight.dtype == torch.float32:
             y = self.in_parts(x)
@@ -256,7 +258,7 @@ class Linear(nn.Linear):
     def in_parts(self, x):
         """
         Some CPU libraries multiply a matrix by one vector in a single thread. As a batch of n
-        products, each with a part of the rows, it is shared by all threads. (1,1,C) -> (out,)
+        products, each with a part of the rows, all threads share it. x: C numbers -> (out,)
         """
         n = next(n for n in range(64, 0, -1) if self.out_features % n == 0)
         parts = self.weight.view(n, -1, self.in_features)

@@ -1,7 +1,7 @@
 """
-A model that a class can compare: the same figures on every machine, up to rounding. AdamW, float32
-and fixed sizes; on the CPU, so that no GPU computes otherwise. lessons/1_gpt2.md says what to
-expect. python train.py config/class.py
+A small model whose losses a class can compare: the same on every machine with the same version of
+torch, up to rounding. AdamW, float32 and fixed sizes; on the CPU, so that a GPU does not change the
+digits. lessons/1_gpt2.md says what to expect. python train.py config/class.py
 """
 out_dir = "out-class"
 dataset = "shakespeare"

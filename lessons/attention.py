@@ -28,7 +28,7 @@ from plumbing.tokenizer import Tokenizer
 
 FIELDS = ("window", "layer", "head", "query", "key", "key_text", "weight")
 DEFAULTS = {"out_dir": "out-shakespeare", "prompt": "ROMEO:", "tokens": "", "layers": "",
-            "heads": "0,1", "window_size": "8"}
+            "heads": "", "window_size": "8"}
 
 
 @torch.no_grad()
@@ -68,8 +68,10 @@ def rows_of_maps(model, idx, tokenizer, layers, heads):
     window = max(model.config.windows)
     texts = [tokenizer.decode([token]) for token in idx[0].tolist()]
     for layer, weights in attention_weights(model, idx).items():
+        if layer not in layers:
+            continue
         for head in heads:
-            for query in range(len(texts)) if layer in layers else ():
+            for query in range(len(texts)):
                 for key in range(query + 1):
                     weight = f"{weights[head, query, key].item():.3f}"
                     values = (window, layer, head, query, key, texts[key], weight)
@@ -113,9 +115,15 @@ def read_arguments(argv):
 def numbers(text, name, below):
     """ "0,3" -> [0, 3] """
     parts = text.split(",")
-    if not all(part.isdigit() and int(part) < below for part in parts):
-        raise InputError(f"--{name}={text}: expected numbers below {below}, such as 0,1")
+    if not all(part.isdecimal() and int(part) < below for part in parts):
+        raise InputError(f"--{name}={text}: expected numbers below {below}, such as 0")
     return sorted({int(part) for part in parts})
+
+
+def number(text, name, most):
+    if not text.isdecimal() or not 1 <= int(text) <= most:
+        raise InputError(f"--{name}={text}: expected one number from 1 to {most}")
+    return int(text)
 
 
 def main(argv):
@@ -130,11 +138,12 @@ def main(argv):
         raise InputError(f"{out_dir} has no tokenizer, so there is no text to read")
     tokenizer = Tokenizer(plain.tokenizer_spec)
     most = plain.config.block_size
-    (T,) = numbers(options["tokens"] or str(min(24, most)), "tokens", most + 1)
-    (W,) = numbers(options["window_size"], "window_size", 2**31)
+    T = number(options["tokens"] or str(min(24, most)), "tokens", most)
+    W = number(options["window_size"], "window_size", 2**31 - 1)
     L = plain.config.n_layer
+    H = plain.config.n_head
     layers = numbers(options["layers"] or f"0,{L - 1}", "layers", L)
-    heads = numbers(options["heads"], "heads", plain.config.n_head)
+    heads = numbers(options["heads"] or ",".join(map(str, range(min(2, H)))), "heads", H)
     with as_input_error():
         windowed = GPT.from_pretrained(out_dir, use_swa=True, window_size=W)
         idx = torch.tensor([tokenizer.encode(options["prompt"])], dtype=torch.int64)

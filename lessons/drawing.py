@@ -29,7 +29,7 @@ def figure(width, height, rows=1, columns=1, **options):
 
 
 def grid(ax, title, xlabel, ylabel):
-    """Axes on which a matrix is drawn: rows from the top, no ticks between the cells"""
+    """Axes on which a matrix is drawn: a closed frame, no tick marks"""
     ax.set_title(title)
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel)

@@ -24,15 +24,6 @@ TODO = "raise NotImplementedError"
 
 # name: the functions to write, as file:function, and the tests that grade them
 EXERCISES = {
-    "attend": (
-        ["model.py:attend"],
-        [
-            "test_attend_is_softmax_by_hand",
-            "test_attend_without_a_mask_sees_every_key_of_a_cache",
-            "test_future_never_leaks_into_the_past",
-            "test_loss_and_gradients_equal_transformers",
-        ],
-    ),
     "mlp": (
         ["model.py:MLP.forward"],
         [
@@ -66,6 +57,15 @@ EXERCISES = {
             "test_every_form_of_a_GPT2_folder_loads",
             "test_every_form_of_a_StarCoder2_folder_loads",
             "test_logits_and_text_are_those_of_transformers_and_the_way_back_is_exact",
+        ],
+    ),
+    "attend": (
+        ["model.py:attend"],
+        [
+            "test_attend_is_softmax_by_hand",
+            "test_attend_without_a_mask_sees_every_key_of_a_cache",
+            "test_future_never_leaks_into_the_past",
+            "test_loss_and_gradients_equal_transformers",
         ],
     ),
     "sample": (
@@ -225,29 +225,48 @@ def files_of(name):
     return list(dict.fromkeys(function.split(":")[0] for function in functions))
 
 
+class NoGit(Exception):
+    """Git is missing, or this folder is not one of its repositories."""
+
+
 def git(*arguments):
-    """What a git command prints; ends the program if git has no answer"""
+    """What a git command prints"""
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8")
     except FileNotFoundError:
-        sys.exit("error: git is not installed; it is needed to keep the code that you replace")
+        raise NoGit("git is not installed") from None
     if done.returncode != 0:
-        sys.exit("error: this folder is not a git repository, which would keep the code that you "
-                 "replace: clone the project instead of downloading its files")
+        raise NoGit(done.stderr.strip())
     return done.stdout
 
 
+def answer_of(name):
+    """The functions of an exercise as they are now, in one text"""
+    return "\n\n\n".join(source for _, _, source in functions_of(name)) + "\n"
+
+
+def is_committed(name):
+    """Whether the functions are those of the last commit, so not an answer"""
+    return all(source == source_of(git("show", f"HEAD:./{file}"), qualified_name)
+               for file, qualified_name, source in functions_of(name))
+
+
 def is_started(name):
-    return any(TODO in source for _, _, source in functions_of(name))
+    return TODO in answer_of(name)
 
 
 def state(name):
+    kept = ANSWERS / f"{name}.py"
     if is_started(name):
         return "started"
-    for file, qualified_name, source in functions_of(name):
-        if source != source_of(git("show", f"HEAD:{file}"), qualified_name):
+    if kept.exists() and kept.read_text(encoding="utf-8") == answer_of(name):
+        return "solved"
+    try:
+        if not is_committed(name):
             return "written: check it"
-    return "solved" if (ANSWERS / f"{name}.py").exists() else ""
+    except NoGit:
+        pass
+    return "solved" if kept.exists() else ""
 
 
 def show_list():
@@ -283,14 +302,13 @@ def located(tests):
 
 
 def check(name):
-    sources = [source for _, _, source in functions_of(name)]
+    answer = answer_of(name)
     _, graders = EXERCISES[name]
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--maxfail=3"]
     status = subprocess.run([*command, *located(graders)], cwd=ROOT).returncode
-    if status == 0:
+    if status == 0 and not is_committed(name):
         ANSWERS.mkdir(exist_ok=True)
-        text = "\n\n\n".join(sources) + "\n"
-        (ANSWERS / f"{name}.py").write_text(text, encoding="utf-8", newline="\n")
+        (ANSWERS / f"{name}.py").write_text(answer, encoding="utf-8", newline="\n")
     sys.exit(status)
 
 
@@ -319,7 +337,7 @@ def main(argv):
     if name not in EXERCISES:
         sys.exit(f"error: {command} {name or 'what?'}: choose from {', '.join(EXERCISES)}")
     hints = rest[1] if command == "show" and len(rest) == 2 else "0"
-    if len(rest) > 2 or (len(rest) == 2 and command != "show") or not hints.isdigit():
+    if len(rest) > 2 or (len(rest) == 2 and command != "show") or not hints.isdecimal():
         sys.exit(f"error: {' '.join(argv)}: expected a name; after show, a number of hints may "
                  "follow")
     if command == "show":
@@ -331,4 +349,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except NoGit as e:
+        sys.exit("error: git is needed to keep the code that you replace; clone the project "
+                 f"instead of downloading its files. It says: {' '.join(str(e).split())}")

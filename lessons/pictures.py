@@ -46,7 +46,7 @@ def ring_over_time(W, tokens):
 
 
 def cone(L, T, W):
-    """(L+1, T): row l is True where the last token receives something from what layer l puts out"""
+    """(L+1, T): where the last token depends on the input (row 0), and on what layer l puts out"""
     pos = torch.arange(T)
     sees = visible(pos, pos, W)
     reached = torch.zeros(T, dtype=torch.bool)
@@ -116,7 +116,7 @@ def draw_ring(ax, W, tokens):
 # --------------------------------------------------------------------------------------------------
 # RoPE: what distance does to a score
 
-def mean_scores(D, distances, theta=10_000.0):
+def scores_by_distance(D, distances, theta=10_000.0):
     """
     (D/2 + 1, len(distances)): q'k of a query and a key that are equal before the rotation, by their
     distance. One row for each pair of channels alone, the last for all of them.
@@ -135,7 +135,7 @@ def mean_scores(D, distances, theta=10_000.0):
 def draw_rope():
     D, trained = 16, 128
     distances = torch.arange(0, 4 * trained)
-    scores = mean_scores(D, distances)
+    scores = scores_by_distance(D, distances)
     fig, axes = figure(9, 7, 3, 2, sharex=True, sharey=True)
     chosen = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
     for (row, column), d in zip(chosen, (1, 2, 3, 4, 7), strict=True):
@@ -232,7 +232,6 @@ def draw_attention():
 def main(argv):
     if argv:
         raise InputError(f"lessons.pictures takes nothing more, found {' '.join(argv)}")
-    torch.manual_seed(0)
     draw_windows()
     draw_rope()
     draw_memory()

@@ -89,7 +89,7 @@ def main(argv):
     if argv not in (["ddp"], ["fsdp"]):
         raise InputError(f"lessons.watch {' '.join(argv)}: expected ddp or fsdp")
     with joined() as group:
-        if not group.under_torchrun:
+        if group.world != 2:
             raise InputError("lessons.watch needs two processes: torchrun --standalone "
                              f"--nproc_per_node=2 -m lessons.watch {argv[0]}")
         events = watch(argv[0], group)

@@ -88,8 +88,13 @@ class Unbreakable:
         try:
             return self.stream.write(text)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, self.stream.fileno())
+            os.close(nothing)
             return len(text)
+
+    def flush(self):
+        self.write("")   # every line has been flushed when it was written
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

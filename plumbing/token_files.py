@@ -76,7 +76,7 @@ def sizes_in_bytes(meta):
     bytes_per_token = {"uint16": 2, "uint32": 4}[meta["dtype"]]
     sizes = {}
     for file, tokens in [*meta["train"].items(), *meta["val"].items()]:
-        if Path(file).name != file or type(tokens) is not int or tokens < 0:
+        if Path(file).name != file or type(tokens) is not int or tokens < 0 or file in sizes:
             raise ValueError(f"{file!r} with {tokens!r} tokens")
         sizes[file] = header_bytes + tokens * bytes_per_token
     return sizes

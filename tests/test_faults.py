@@ -379,6 +379,7 @@ def test_exception_that_cannot_even_be_printed_is_one_clear_line():
     ({"dtype": "int16"}, "is broken"),
     ({"train": {"train.bin": 2448.0}}, "is broken"),
     ({"train": {"../tiny/train.bin": 2448}}, "is broken"),
+    ({"train": {"val.bin": 2448}}, "is broken"),   # the validation file again
     ({"header_bytes": "many"}, "is broken"),
     ({"tokenizer": {"kind": "char", "chars": "aa"}}, "is broken|unknown tokenizer"),
     ({"tokenizer": {"kind": "bpe", "vocab": {}}}, "is broken|tokenizer"),

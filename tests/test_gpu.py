@@ -1,6 +1,7 @@
 """What a GPU will do, as far as it can be shown without one."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,22 +68,26 @@ class OnGPU:
     """A tensor as flash_fits sees it"""
     is_cuda = True
 
-    def __init__(self, D, dtype):
-        self.shape, self.dtype = (2, 4, 64, D), dtype
+    def __init__(self, D, dtype, generation):
+        self.shape, self.dtype, self.device = (2, 4, 64, D), dtype, generation
 
 
-@pytest.mark.parametrize("D, dtype, dropout, fits", [
-    (64, torch.bfloat16, 0.0, True), (256, torch.bfloat16, 0.0, True),
-    (264, torch.bfloat16, 0.0, False), (60, torch.bfloat16, 0.0, False),
-    (64, torch.float32, 0.0, False), (64, torch.bfloat16, 0.1, False),
+@pytest.mark.parametrize("D, dtype, dropout, generation, fits", [
+    (64, torch.bfloat16, 0.0, 8, True), (192, torch.bfloat16, 0.0, 9, True),
+    (200, torch.bfloat16, 0.0, 9, False), (60, torch.bfloat16, 0.0, 9, False),
+    (64, torch.bfloat16, 0.0, 7, False), (64, torch.float32, 0.0, 9, False),
+    (64, torch.bfloat16, 0.1, 9, False),
 ])
-def test_flash_attention_is_used_only_where_it_can_be(D, dtype, dropout, fits, monkeypatch):
-    available = torch.backends.cuda
-    monkeypatch.setattr(available, "is_flash_attention_available", lambda: True)
-    assert flash_fits(OnGPU(D, dtype), dropout) == fits
+def test_flash_attention_is_used_only_where_it_can_be(
+        D, dtype, dropout, generation, fits, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda generation: SimpleNamespace(major=generation))
+    built_with = "is_flash_attention_available"
+    monkeypatch.setattr(torch.backends.cuda, built_with, lambda: True)
+    assert flash_fits(OnGPU(D, dtype, generation), dropout) == fits
     assert not flash_fits(torch.zeros(1, 1, 2, D, dtype=dtype), dropout)   # a CPU
-    monkeypatch.setattr(available, "is_flash_attention_available", lambda: False)
-    assert not flash_fits(OnGPU(D, dtype), dropout)
+    monkeypatch.setattr(torch.backends.cuda, built_with, lambda: False)
+    assert not flash_fits(OnGPU(D, dtype, generation), dropout)
 
 
 @pytest.mark.parametrize("fits", [True, False])

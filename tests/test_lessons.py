@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -40,6 +39,8 @@ def test_links_lead_to_the_lines_of_what_they_name(page):
 
 @every_page
 def test_excerpts_are_in_the_code(page):
+    marked = read(page).count("```python")
+    assert read(page).count(" -->\n```python") == marked - read(page).count("\n\n```python")
     for file, name, excerpt in re.findall(
             r"<!-- ([\w/.]+\.py): ([\w.]+) -->\n```python\n(.*?)```", read(page), re.DOTALL):
         source = read(HERE / file)
@@ -62,7 +63,7 @@ def test_every_lesson_is_one_screen_in_the_one_form():
     assert len(NUMBERED) == 8
     for page in NUMBERED:
         text = read(page)
-        assert len(text.splitlines()) <= 75, page.name
+        assert len(text.splitlines()) <= 80, page.name
         parts = ("Problem", "Cost", "Pitfalls", "Paper", "Run it", "Tests", "Exercise")
         assert [part for part in parts if f"**{part}" not in text] == [], page.name
 
@@ -99,15 +100,16 @@ def test_numbers_in_the_lessons_are_computed():
         "3_rope.md": [f"{1024 * 768:,}", f"turns once in {turns[0]:.0f} tokens",
                       f"pair 4 needs {turns[4]:.0f}"],
         "4_gqa.md": [f"{per_token:,} bytes", f"{per_token // 3:,} with 4 key/value heads",
-                     f"takes {gpt2.num_params() / 1e6:.1f}M parameters to "
-                     f"{grouped.num_params() / 1e6:.1f}M"],
+                     f"{grouped.num_params() / 1e6:.1f}M parameters instead of "
+                     f"{gpt2.num_params() / 1e6:.1f}M"],
         "6_cache.md": [f"{per_token * 1024 / 1e6:.1f} MB for",
                        f"{per_token * 1024 / 3e6:.1f} MB with",
-                       f"{per_token * 256 / 1e6:.1f} MB for any"],
+                       f"{per_token * 256 / 1e6:.1f} MB for as many"],
         "7_processes.md": [f"{xl.num_params():,} parameters",
                            f"{16 * xl.num_params() / 1e9:.1f} GB"],
         "8_resuming.md": [f"{12 * gpt2.num_params() / 1e9:.1f} GB",
-                          f"{math.sqrt(1 - 0.95) / (1 - 0.9):.1f} times too large"],
+                          f"{math.sqrt(1 - 0.95) / (1 - 0.9):.1f} times too large",
+                          f"second {math.sqrt(1 - 0.95**2) / (1 - 0.9**2):.1f} times"],
     }
     for page, numbers in said.items():
         for number in numbers:
@@ -171,15 +173,18 @@ def test_maps_of_ones_own_run_are_drawn():
     train.main([*TINY, "--max_iters=6"])
     lessons.attention.main(["--out_dir=out", "--prompt=the", "--tokens=6", "--heads=0"])
     assert Path("out/attention.png").stat().st_size > 1000
-    rows = Path("out/attention.csv").read_text(encoding="utf-8").splitlines()
-    assert len(rows) == 1 + 2 * 2 * 21   # two layers, without and with a window
+    assert len(rows("out/attention.csv")) == 2 * 2 * 21   # two layers, without and with a window
 
 
 @pytest.mark.parametrize("argument, match", [
     ("--heads=9", "--heads=9: expected numbers below 2"),
     ("--layers=x", "--layers=x: expected numbers below"),
     ("--what=1", "--what=1: expected --NAME=VALUE with one of out_dir"),
-    ("--tokens=99999", "--tokens=99999: expected numbers below"),
+    ("--tokens=99999", "--tokens=99999: expected one number from 1 to 8"),
+    ("--tokens=0", "--tokens=0: expected one number from 1 to 8"),
+    ("--tokens=3,4", "--tokens=3,4: expected one number"),
+    ("--window_size=0", "--window_size=0: expected one number from 1"),
+    ("--heads=²", "--heads=²: expected numbers below 2"),
     ("--out_dir=nothing", "nothing: not one of"),
     ("--prompt=", "empty prompt"),
 ])
@@ -273,7 +278,7 @@ def test_comments_on_what_is_emptied_go_too():
 
 @pytest.mark.parametrize("arguments, match", [
     (["begin", "rope"], "error: begin: unknown; choose from show, start, check"),
-    (["start", "ropes"], "error: start ropes: choose from attend, "),
+    (["start", "ropes"], "error: start ropes: choose from mlp, "),
     (["check"], "error: check what.: choose from"),
     (["show", "rope", "x"], "error: show rope x: expected a name; after show"),
     (["start", "rope", "1"], "error: start rope 1: expected a name"),
@@ -288,13 +293,15 @@ def test_outside_a_git_repository_nothing_is_emptied(tmp_path):
     shutil.rmtree(copy / ".git")
     before = read(copy / "model.py")
     status, _, err = run(copy, "start", "rope")
-    assert status == 1 and "not a git repository" in err and read(copy / "model.py") == before
+    assert status == 1 and "not a git repository" in err and err.count("\n") == 1
+    assert read(copy / "model.py") == before
+    assert run(copy)[0] == 0   # the list needs no git
 
 
 def passes(copy, name):
     """Whether the graders of an exercise pass"""
     status, out, _ = run(copy, "check", name)
-    assert status in (0, 1), out   # 1: tests failed; others: they could not be run
+    assert status in (0, 1) and re.search(r"passed|failed|error", out), out   # they were run
     return status == 0
 
 
@@ -306,7 +313,7 @@ def test_an_emptied_function_fails_its_tests_and_the_restored_one_passes(name, t
     assert not passes(copy, name)
     subprocess.run(["git", "restore", "."], cwd=copy, check=True)
     assert passes(copy, name)
-    assert re.search(rf"{name} +solved", run(copy)[1])
+    assert not (copy / "lessons/answers").exists()   # nobody wrote it
 
 
 # What a student may write instead, and the test that notices: exercise, old, new, test
@@ -429,7 +436,11 @@ OWN_DDP = '''
 def test_a_DistributedDataParallel_of_ones_own_passes(tmp_path):
     copy = project(tmp_path)
     assert run(copy, "start", "ddp")[0] == 0
-    source = read(copy / "train.py").replace("\n    raise NotImplementedError\n",
-                                             textwrap.indent(OWN_DDP, ""))
+    source = read(copy / "train.py").replace("\n    raise NotImplementedError\n", OWN_DDP)
     (copy / "train.py").write_text(source, encoding="utf-8")
+    assert re.search(r"ddp +written: check it", run(copy)[1])
     assert passes(copy, "ddp") and passes(copy, "accumulate")
+    for _ in range(2):   # with the answer in place, and with what was there
+        assert re.search(r"ddp +solved", run(copy)[1])
+        subprocess.run(["git", "restore", "."], cwd=copy, check=True)
+    assert "class Replicas" in read(copy / "lessons/answers/ddp.py")
