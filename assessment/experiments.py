@@ -3,6 +3,8 @@ The experiments of the assessment: small models, trained by train.py from severa
 measured goes into results/claims.csv, a row each; a run whose rows are there is not made again.
 """
 
+import csv
+import io
 import itertools
 import random
 import statistics
@@ -14,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 import train
-from assessment.claims import convert, loss_at_length, train_quietly
+from assessment.claims import SMALL, convert, loss_at_length, train_quietly
 from assessment.measure import (
     RESULTS,
     cpu_only,
@@ -56,7 +58,6 @@ class Part(NamedTuple):
     seeds: int = 3
     flags: tuple = ()        # of all variants
     look: object = None      # look(job, out, flags) -> rows beside the losses, (measure, ...)
-    minutes: int = 0         # on two cores
 
 
 # ----------------------------------------------------------------------------------------------
@@ -74,7 +75,7 @@ def at_other_lengths(job, out, flags):
         s = 512 / TRAINED
         with stretched(method, s, TRAINED):
             train_quietly(further, [
-                *flags, f"--init_from={out}", "--block_size=512", "--batch_size=4",
+                *flags, f"--init_from={out / 'ckpt.pt'}", "--block_size=512", "--batch_size=4",
                 "--micro_batch_size=4", "--max_iters=30", "--eval_interval=30", "--eval_iters=1",
                 "--warmup_iters=0", "--learning_rate=5e-3"])
         for T in LENGTHS:
@@ -100,7 +101,10 @@ def recall_text():
 
 @torch.no_grad()
 def recalled(job, out, flags):
-    """Of the letters of a repeated line, from its second on, the share that is the likeliest"""
+    """
+    Of the letters of a repeated line, from its second on, the share for which the model's likeliest
+    next letter is right. The length of a row is how far back the first copy stands.
+    """
     model = GPT.from_pretrained(out / "ckpt.pt")
     tokenizer = Tokenizer(model.tokenizer_spec)
     rng = random.Random(1)
@@ -109,7 +113,7 @@ def recalled(job, out, flags):
         texts = [2 * line_of_letters(n, rng) for _ in range(200)]
         idx = torch.tensor([tokenizer.encode(text) for text in texts])
         guesses = model(idx[:, :-1])[0].argmax(-1)
-        right = (guesses == idx[:, 1:])[:, n + 1:2 * n]   # at these places the next letter is one
+        right = (guesses == idx[:, 1:])[:, n + 1:2 * n]   # these columns predict letters 2 to n
         rows.append(("recall", 900, n + 1, right.float().mean().item()))
     return rows
 
@@ -125,22 +129,22 @@ def uptrained(job, out, flags):
         return []
     rows = []
 
-    def train_from(source, measure, *heads):
-        points = train_quietly(Path(f"{source}-more"),
-                               [*flags, f"--init_from={source}", *heads, *UPTRAINING])
+    def train_from(path, measure, *heads):
+        target = Path(f"{out}-{measure}".replace(" ", "_"))
+        points = train_quietly(target, [*flags, f"--init_from={path}", *heads, *UPTRAINING])
         for step in (0, 15, 30, 75, 150):
             rows.append((measure, step, TRAINED, points[step][0]))
 
     for n, how in CONVERTED:
         source = Path(f"{out}-{how}-{n}")
         convert(out, source, how, n)
-        train_from(source, f"{how} of {8 // n}", "--use_gqa", f"--n_kv_head={n}")
-    train_from(out, "not converted")
+        train_from(source / "best.pt", f"{how} of {8 // n}", "--use_gqa", f"--n_kv_head={n}")
+    train_from(out / "ckpt.pt", "not converted")
     return rows
 
 
 def written(job, out, flags):
-    """The quality of generated text, and a line of it to read"""
+    """The quality of generated text; three texts to read go into results/text-*.txt"""
     text = Path("data", job.data, "input.txt").read_text(encoding="utf-8")
     cut = int(0.9 * len(text))
     known = set(words_of(text[:cut]))
@@ -207,11 +211,12 @@ def rows_of_job(job, flags, dtype, folder):
     part = PARTS[job.part]
     flags = [*flags, f"--dtype={dtype}", f"--dataset={job.data}", f"--seed={job.seed}"]
     out = Path(folder, "-".join(map(str, job)).replace(" ", "_").replace(",", ""))
-    length = train.load_config(flags)[1].block_size if part.flags == LONG else TRAINED
+    length = train.load_config([*SMALL, *flags])[1].block_size
     rows = []
     for step, (loss, seconds) in train_quietly(out, flags).items():
         rows.append(("loss", step, length, loss))
         rows.append(("seconds", step, length, seconds))
+    rows.append((dtype, 0, length, 1))   # of this run
     if part.look:
         rows += part.look(job, out, flags)
     return [(*job, *row[:-1], f"{row[-1]:.4f}") for row in rows]
@@ -242,14 +247,16 @@ def finished():
 
 
 def write_rows(results):
-    """{Job: rows} -> claims.csv, in the order of PARTS"""
-    lines = [",".join(COLUMNS)]
-    for job in jobs_of(PARTS):
-        for row in results.get(job, []):
-            lines.append(",".join(f'"{value}"' if "," in str(value) else str(value)
-                                  for value in row))
+    """{Job: rows} -> claims.csv, in the order of PARTS; jobs no longer in PARTS come last"""
+    known = jobs_of(PARTS)
+    order = [*known, *(job for job in results if job not in known)]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for job in order:
+        writer.writerows(results.get(job, []))
     with replacing(RESULTS / "claims.csv") as f:
-        f.write(("\n".join(lines) + "\n").encode())
+        f.write(text.getvalue().encode())
 
 
 def prepare_texts(names, folder):
@@ -288,13 +295,15 @@ T_95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}   
 def values_of(rows, part, variant, measure="loss", step=None, length=None):
     """{seed: value}; without a step, of the last one"""
     found = {}
+    lengths = set()
     for row in rows:
         if (row["part"], row["variant"], row["measure"]) != (part, variant, measure):
             continue
-        if length is not None and int(row["length"]) != length:
-            continue
-        if step is None or int(row["step"]) == step:
+        if length in (None, int(row["length"])) and step in (None, int(row["step"])):
+            lengths.add(row["length"])
             found.setdefault(int(row["step"]), {})[int(row["seed"])] = float(row["value"])
+    if len(lengths) != 1:
+        raise InputError(f"claims.csv: {part}, {variant}, {measure} at {len(lengths)} lengths")
     return found[max(found)]
 
 
@@ -316,8 +325,10 @@ def main(argv):
     cpu_only()
     _, bf16, line = machine()
     print(line)
-    dtype = "bfloat16" if bf16 else "float32"   # decided once, for all jobs
     results = finished()
+    dtype = "bfloat16" if bf16 else "float32"
+    for rows in results.values():   # as in the runs that are there
+        dtype = next(row[4] for row in rows if row[4] in ("bfloat16", "float32"))
     jobs = {job: flags for job, flags in jobs_of(argv or PARTS).items() if job not in results}
     print(f"{len(jobs)} runs to do; to make finished ones again, remove their rows from "
           f"{RESULTS / 'claims.csv'}")

@@ -1,13 +1,13 @@
 """
-RoPE on texts longer than those it was trained on: five ways to stretch it. They change the angles
-or what is visible, and live here, in an attention written out by hand, not in model.py.
+RoPE on texts longer than those it was trained on: as it is, and five ways to help it. They change
+the angles or what is visible, and live here, in an attention written out by hand, not in model.py.
 
   plain           the angles of training, also past the distances it has seen
-  interpolation   every position divided by s (Chen et al. 2023, section 3.2)
+  interpolation   every position divided by s (Chen et al. 2023, section 2.3)
   ntk             a larger theta, so that the slowest pair is divided by s and the fastest is not
                   ("NTK-aware", bloc97 2023)
   yarn            pairs that turn often keep their angles, slow ones are divided by s, and the
-                  scores are sharpened a little (Peng et al. 2023, sections 3.2 and 3.3)
+                  scores are sharpened a little (Peng et al. 2023, section 3)
   window          plain angles, and a window of the trained length
   sinks           the same window, of which 4 tokens are the first of the text; they count as
                   standing just before the others (Xiao et al. 2023, section 3.2)
@@ -41,7 +41,7 @@ def frequencies(method, D, theta, s, trained):
 
 
 def turn(x, pos, freq):
-    """As rotate() in model.py, with these frequencies: x (B,heads,T,D), pos (T,)"""
+    """What rotate() in model.py does, with any frequencies: x (B,heads,T,D), pos (T,) -> float32"""
     angle = pos[:, None].float() * freq
     cos, sin = angle.cos(), angle.sin()
     a, b = x.float().chunk(2, dim=-1)
@@ -70,17 +70,20 @@ def scores_and_mask(q, k, pos, method, theta, s, trained):
 @contextmanager
 def stretched(method, s, trained):
     """Every attention, for inference and training, reads texts of s times the trained length so."""
+    original = Attention.forward
+
     def forward(self, x, pos, layer_cache=None):
-        assert layer_cache is None
+        if layer_cache is not None:   # the sample at the end of training
+            return original(self, x, pos, layer_cache)
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, self.H + 2 * self.K, self.D).transpose(1, 2)
         q, k, v = heads.split((self.H, self.K, self.K), dim=1)
         k, v = copy_heads(k, self.H), copy_heads(v, self.H)
-        scores, mask = scores_and_mask(q, k, pos, method, self.theta, s, trained)
+        with torch.autocast("cpu", enabled=False):   # scores in float32, as in fused kernels
+            scores, mask = scores_and_mask(q, k, pos, method, self.theta, s, trained)
         weight = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).type_as(v)
         return self.c_proj((weight @ v).transpose(1, 2).reshape(B, T, C))
 
-    original = Attention.forward
     Attention.forward = forward
     try:
         yield

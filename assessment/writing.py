@@ -26,7 +26,7 @@ def prompts(validation):
 
 def texts_of(out, validation, seed):
     """What a model in the folder out makes of the prompts: the same prompts and seeds for all"""
-    model = GPT.from_pretrained(out)
+    model = GPT.from_pretrained(out / "ckpt.pt")
     tokenizer = Tokenizer(model.tokenizer_spec)
     torch.manual_seed(seed)
     idx = torch.tensor([tokenizer.encode(prompt) for prompt in prompts(validation)])
