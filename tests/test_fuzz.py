@@ -100,7 +100,7 @@ def changed_values(data, rng, hostile=HOSTILE):
             elif kind == 3 and isinstance(deeper, int):
                 inside[key] = deeper + rng.choice((-1, 1))
             else:
-                inside[key] = rng.choice(hostile)
+                inside[key] = copy.deepcopy(rng.choice(hostile))   # later changes go into it
             break
     return data
 
