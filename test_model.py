@@ -597,6 +597,16 @@ def test_linear_layers_treat_a_single_token_as_any_other(out, bias, dtype, toler
     assert layer(x[0]).shape == (1, out)
 
 
+@pytest.mark.parametrize("device, dtype, uses_parts", [
+    ("cpu", torch.float32, True), ("cpu", torch.bfloat16, False), ("meta", torch.float32, False),
+])
+def test_parts_are_for_float32_on_a_CPU(device, dtype, uses_parts, monkeypatch):
+    used = []
+    monkeypatch.setattr(Linear, "in_parts", lambda self, x: used.append(x) or x)
+    Linear(32, 32, device=device, dtype=dtype)(torch.zeros(1, 1, 32, device=device, dtype=dtype))
+    assert bool(used) == uses_parts
+
+
 # ------------------------------------------------------------------------------------------------
 # Generation
 

@@ -237,11 +237,12 @@ def recall_text():
     return "".join(2 * line for line in lines)
 
 
-def prepare_texts(names, folder):
+def prepare_texts(names, folder, recall):
+    """recall: the text of the dataset of that name, which is made anew each time"""
     for name in names:
         if name == "recall":
             text = Path(folder, "recall.txt")
-            text.write_text(recall_text(), encoding="utf-8", newline="\n")
+            text.write_text(recall, encoding="utf-8", newline="\n")
             prepare_text(Path("data/recall"), [text], "char")
         elif not Path("data", name, "meta.json").exists():
             prepare(name)
@@ -308,6 +309,6 @@ def main(parts):
     for row in read_results("papers.csv"):
         results.setdefault(job_of(row), []).append(tuple(row.values()))
     with tempfile.TemporaryDirectory() as folder:
-        prepare_texts(sorted({job.data for job in jobs}), folder)
+        prepare_texts(sorted({job.data for job in jobs}), folder, recall_text())
         train_all(jobs, results, dtype, folder)
     print_means()

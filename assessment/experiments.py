@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 import train
-from assessment.claims import SMALL, convert, loss_at_length, train_quietly
+from assessment.claims import SMALL, convert, loss_at_length, prepare_texts, train_quietly
 from assessment.measure import (
     RESULTS,
     cpu_only,
@@ -30,9 +30,7 @@ from assessment.writing import figures, texts_of, words_of
 from model import GPT
 from plumbing.errors import InputError
 from plumbing.files import replacing
-from plumbing.token_files import load_meta
 from plumbing.tokenizer import Tokenizer
-from prepare_data import prepare, prepare_text
 
 COLUMNS = ("part", "data", "variant", "seed", "measure", "step", "length", "value")
 TRAINED = 128   # tokens in a training sequence, unless a part says otherwise
@@ -259,17 +257,6 @@ def write_rows(results):
         f.write(text.getvalue().encode())
 
 
-def prepare_texts(names, folder):
-    for name in names:
-        if name == "recall":
-            text = Path(folder, "recall.txt")
-            text.write_text(recall_text(), encoding="utf-8", newline="\n")
-            prepare_text(Path("data/recall"), [text], "char")
-        elif not Path("data", name, "meta.json").exists():
-            prepare(name)
-        load_meta(Path("data", name))
-
-
 def run_all(jobs, results, dtype, folder):
     """Run {Job: flags}, one per thread at a time; their rows go into results and claims.csv."""
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -333,5 +320,5 @@ def main(argv):
     print(f"{len(jobs)} runs to do; to make finished ones again, remove their rows from "
           f"{RESULTS / 'claims.csv'}")
     with tempfile.TemporaryDirectory() as folder:
-        prepare_texts(sorted({job.data for job in jobs}), folder)
+        prepare_texts(sorted({job.data for job in jobs}), folder, recall_text())
         run_all(jobs, results, dtype, folder)

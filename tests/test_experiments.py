@@ -118,6 +118,12 @@ def test_figures_of_texts_by_hand():
     assert found["distinct-4"] == len(set(fours)) / len(fours)
 
 
+def test_a_word_is_repeated_if_it_is_one_of_the_ten_before_it():
+    between = " b c d e f g h i j"
+    assert figures([f"x a{between} a x"], set())["repetition"] == 1 / 11
+    assert figures([f"x a{between} k a x"], set())["repetition"] == 0
+
+
 def test_differences_are_paired_by_seed():
     mean, half = experiments.difference({1: 1.0, 2: 2.1, 3: 3.2}, {1: 0.5, 2: 1.5, 3: 2.5, 4: 9.0})
     assert mean == pytest.approx(0.6)
@@ -166,7 +172,7 @@ def test_finished_runs_are_kept_and_not_made_again(monkeypatch, capsys):
         made.append(job)
         return [(*job, "loss", 300, 128, "1.5000"), (*job, dtype, 0, 128, "1.0000")]
     monkeypatch.setattr(experiments, "in_new_process", run)
-    monkeypatch.setattr(experiments, "prepare_texts", lambda names, folder: None)
+    monkeypatch.setattr(experiments, "prepare_texts", lambda names, folder, recall: None)
     assessment.__main__.main(["experiments", "stretch"])
     assert len(made) == 3
     assessment.__main__.main(["experiments", "stretch", "recall"])

@@ -30,7 +30,7 @@ from model import GPT
 from plumbing import reporting
 from plumbing.checkpoints import as_save_error
 from plumbing.checkpoints import load_checkpoint as checkpoint_read
-from plumbing.errors import InputError, report, run_script
+from plumbing.errors import InputError, Unbreakable, report, run_script
 from plumbing.run_folder import locked
 
 pytestmark = pytest.mark.usefixtures("short_sample")
@@ -64,6 +64,15 @@ def test_cause_of_an_error_while_saving_is_named_where_torch_hides_it():
             raise RuntimeError("unexpected pos 64 vs 0")   # what torch makes of it  # noqa: B904
     with pytest.raises(InputError, match="cannot save x .*No space left"), as_save_error("x"):
         write()
+
+
+def test_output_whose_reader_has_ended_goes_nowhere():
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", encoding="utf-8", buffering=1) as broken:
+        stream = Unbreakable(broken)
+        print("unseen", file=stream, flush=True)
+        print("unseen", file=stream, flush=True)
 
 
 def test_output_is_as_before_when_a_script_has_ended():

@@ -13,9 +13,10 @@ from helpers import HERE, TINY, fails, rows
 
 import lessons.attention
 import lessons.exercises as exercises
+import lessons.pictures
 import train
 from lessons.links import LINK, renewed
-from model import GPT, GPTConfig, attend, visible
+from model import GPT, GPTConfig, attend, keys_per_query, visible
 from train import load_config
 
 LESSONS = HERE / "lessons"
@@ -168,6 +169,14 @@ def test_attention_weights_are_those_the_model_uses():
         assert torch.allclose(block.attn.c_proj(y), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("T, W", [(16, 4), (18, 4), (7, 3)])
+def test_blocks_are_drawn_as_they_are_computed(T, W):
+    drawn = lessons.pictures.seen_in_blocks(T, W)
+    pos = torch.arange(T)
+    assert torch.equal(drawn == 3, visible(pos, pos, W))
+    assert (drawn > 0).sum() == pytest.approx(T * keys_per_query(T, W))
+
+
 @pytest.mark.usefixtures("short_sample")
 def test_maps_of_ones_own_run_are_drawn():
     train.main([*TINY, "--max_iters=6"])
@@ -210,6 +219,9 @@ def test_pictures_are_those_that_are_committed(tmp_path):
 # ------------------------------------------------------------------------------------------------
 # Exercises
 
+ANYONE = ["-c", "user.name=a", "-c", "user.email=a@b"]
+
+
 def project(folder):
     """A copy of the project with a git repository of its own"""
     copy = folder / "project"
@@ -220,7 +232,7 @@ def project(folder):
             (copy / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(HERE / file, copy / file)
     for arguments in (["init", "-q"], ["add", "."],
-                      ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "-m", "all"]):
+                      [*ANYONE, "commit", "-q", "-m", "all"]):
         subprocess.run(["git", *arguments], cwd=copy, check=True)
     return copy
 
@@ -269,6 +281,18 @@ def test_an_exercise_can_be_started_shown_and_restored(tmp_path):
     assert "Write `rotate`" in task and "Hint" not in task and "show rope 1" in task
     assert "Hint 1 of 2" in run(copy, "show", "rope", "1")[1]
     assert "Hint 2 of 2" in run(copy, "show", "rope", "2")[1]
+
+
+def test_the_project_may_be_in_a_folder_of_a_larger_repository(tmp_path):
+    copy = project(tmp_path)
+    (copy / ".git").rename(tmp_path / ".git")
+    for arguments in (["add", "."], [*ANYONE, "commit", "-q", "-m", "moved"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    assert run(copy, "start", "rope")[0] == 0
+    assert re.search(r"rope +started", run(copy)[1])
+    source = read(copy / "model.py").replace("raise NotImplementedError", "return x")
+    (copy / "model.py").write_text(source, encoding="utf-8")
+    assert re.search(r"rope +written: check it", run(copy)[1])
 
 
 def test_comments_on_what_is_emptied_go_too():
