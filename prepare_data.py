@@ -268,18 +268,22 @@ def encode_text(paths, tokenizer):
     """Yield the split and the ids of every piece of the text: the same as of the whole text."""
     rest = {"train": "", "val": ""}
     for split, text in split_text(paths, "tokenizing"):
-        text, rest[split] = cut_at_space(rest[split] + text)
+        text, rest[split] = cut_at_space(rest[split], text)
         yield split, tokenizer.encode(text)
     for split, text in rest.items():
         yield split, tokenizer.encode(text)
 
 
-def cut_at_space(text):
-    """Cut text in two between a word and the white space after it, which no token crosses."""
-    for i in range(len(text) - 1, 0, -1):
-        if text[i] in " \n\r\t" and not text[i - 1].isspace():
-            return text[:i], text[i:]
-    return "", text
+def cut_at_space(rest, text):
+    """
+    Cut rest + text in two, between a word and the white space after it, which no token crosses.
+    rest has no such place: it is what the last call left.
+    """
+    for i in range(len(text) - 1, -1, -1):
+        before = text[i - 1] if i > 0 else rest[-1:]
+        if text[i] in " \n\r\t" and before and not before.isspace():
+            return rest + text[:i], text[i:]
+    return "", rest + text
 
 
 def split_text(paths, what):

@@ -412,7 +412,7 @@ class Run:
     optimizers: list
     train_data: Data
     val_data: Data
-    tokenizer_spec: dict
+    meta: dict               # meta.json of the dataset
     metrics: Metrics | None = None     # of rank 0
     step: int = 0                      # optimizer steps done
     best_val_loss: float = math.inf
@@ -423,7 +423,7 @@ class Run:
         """Write the state once, under the first name; the other becomes a second name of it."""
         first, *others = [Path(self.c.out_dir) / name for name in names]
         save_checkpoint(first, self.model, self.optimizers, self.c, self.step, self.best_val_loss,
-                        self.tokenizer_spec)
+                        self.meta)
         for other in others:
             save_again(first, other)
 
@@ -478,7 +478,7 @@ def make_run(c, place, meta, model):
     choose_attention_kernels(place.device, place.bf16, model.config)
     net = wrap(model, c, place)
     optimizers = make_optimizers(model, c, place.device)   # after wrap: FSDP replaces parameters
-    return Run(c, place, model, net, optimizers, train_data, val_data, meta["tokenizer"])
+    return Run(c, place, model, net, optimizers, train_data, val_data, meta)
 
 
 def may_evaluate(step, c):
@@ -578,7 +578,7 @@ def train(asked, gpt_config, given, argv, group):
 def show_sample(run):
     """A first text from the best checkpoint, which is whole even if the model is sharded"""
     disable_cudnn_attention()
-    tokenizer = Tokenizer(run.tokenizer_spec)
+    tokenizer = Tokenizer(run.meta["tokenizer"])
     model = GPT.from_pretrained(checkpoint_of_run(run.c.out_dir)).to(run.place.device)
     start = torch.tensor([[tokenizer.start]], device=run.place.device)
     tokens = model.generate(start, 256, top_k=200, vocab_size=tokenizer.vocab_size)

@@ -1,6 +1,7 @@
 """Downloads: resumed where they stopped, verified before they appear under their name."""
 
 import os
+import time
 from pathlib import Path
 
 import requests
@@ -106,11 +107,28 @@ def receive(response, part):
     need_disk(part.parent, missing, f"downloading {part.stem}")
     progress = Progress(f"downloading {part.stem}", total, have)
     with open(part, "ab" if have else "wb") as f:
-        for piece in response.iter_content(1 << 16):
+        for piece in pieces(response):
             f.write(piece)
             have += len(piece)
             progress(have)
     return total
+
+
+def pieces(response):
+    """
+    Yield the body of response. A piece is larger than the last if that came at once, and smaller if
+    it did not, so that a server that sends a byte a second does not keep progress from being shown.
+    """
+    if "Transfer-Encoding" in response.headers:   # then pieces are as the server makes them
+        yield from response.iter_content(1 << 16)
+        return
+    size = 1
+    start = time.monotonic()
+    while piece := next(response.iter_content(size), b""):
+        yield piece
+        now = time.monotonic()
+        size = min(2 * size, 1 << 16) if now - start < 0.5 else max(size // 2, 1)
+        start = now
 
 
 def holds_dictionary(path):

@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -194,7 +195,8 @@ def read_until(process, text):
 class Server(http.server.BaseHTTPRequestHandler):
     """Serves `files`; `fault` makes it misbehave, `asked` remembers the requests."""
     files = {}
-    fault = None   # None, a status such as 500, "cut" (the connection breaks) or "no ranges"
+    fault = None   # None, a status such as 500, "cut" (the connection breaks), "slow" (the first
+                   # three bytes come alone) or "no ranges"
     cut_after = 300_000   # bytes
     more_headers = {}      # of every answer with a body
     content_range = None   # what it says instead of the truth
@@ -237,6 +239,10 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body) - first))
         self.end_headers()
         last = first + self.cut_after if self.fault == "cut" else len(body)
+        while self.fault == "slow" and first < 3:
+            self.wfile.write(body[first:first + 1])
+            first += 1
+            time.sleep(0.8)
         self.wfile.write(body[first:last])
         self.close_connection = True
 

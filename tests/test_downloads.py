@@ -1,5 +1,6 @@
 """Downloads, from a server of our own: whole and verified, or one clear line."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -31,6 +32,14 @@ def test_download_that_breaks_continues_where_it_stopped(server):
     assert not Path("f.part").exists()
     path, asked_range, token = Server.asked[-1]
     assert asked_range.startswith("bytes=")
+
+
+def test_server_that_sends_a_byte_a_second_does_not_hide_the_progress(server, capsys):
+    Server.fault = "slow"
+    download(f"{server}/f", "f", digest("/f"))
+    assert Path("f").read_bytes() == Server.files["/f"]
+    first_line = capsys.readouterr().err.splitlines()[0]
+    assert re.fullmatch(r"downloading f: 0\.0 of 1\.0 MB, [\d,]{6,} s left", first_line)
 
 
 @pytest.mark.parametrize("fault", ["no ranges", None])

@@ -107,6 +107,27 @@ def test_byte_pairs_made_piece_by_piece_are_those_of_the_whole_text(gpt2_tokeniz
     assert "a.txt" in trickling
 
 
+class ReadOnce(str):
+    """What the last call left must not be searched again: a long word would take forever."""
+
+    def __getitem__(self, i):
+        assert i == slice(-1, None)
+        return str(self)[i]
+
+
+def test_text_is_cut_before_the_last_white_space_after_a_word():
+    rng = random.Random(0)
+    for _ in range(2000):
+        text = "".join(rng.choices("ab \n\u00a0", k=rng.randrange(1, 9)))
+        whole = max((i for i in range(1, len(text))
+                     if text[i] in " \n" and not text[i - 1].isspace()), default=0)
+        rest, pieces = "", []
+        for character in text:
+            piece, rest = prepare_data.cut_at_space(ReadOnce(rest), character)
+            pieces.append(piece)
+        assert ("".join(pieces), rest) == (text[:whole], text[whole:])
+
+
 def test_ids_past_65535_get_32_bits():
     code_points = [*range(0x4000, 0x4000 + 30_000), *range(0x10000, 0x10000 + 40_000)]
     text = "".join(map(chr, code_points))

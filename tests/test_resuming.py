@@ -83,6 +83,19 @@ def test_what_auto_dtype_decided_first_is_kept_on_resume(monkeypatch, capsys):
     assert "dtype was" not in capsys.readouterr().out
 
 
+def test_resuming_on_another_text_is_refused():
+    train.main([*TINY, "--max_iters=6"])
+    text = Path("text.txt")
+    other = Path("other.txt")
+    other.write_text(text.read_text(encoding="utf-8")[::-1], encoding="utf-8", newline="")
+    prepare_text(Path("data/tiny"), [other], "char")
+    fails(train, *TINY, "--init_from=auto", match="was trained on another text than data/tiny")
+    assert checkpoint()["step"] == 6
+    prepare_text(Path("data/tiny"), [text], "char")
+    train.main([*TINY, "--init_from=auto"])
+    assert checkpoint()["step"] == 12
+
+
 @pytest.mark.parametrize("first, then", [("adamw", "muon"), ("muon", "adamw")])
 def test_resuming_with_another_optimizer_is_refused(first, then):
     train.main([*TINY, f"--optimizer={first}", "--max_iters=2"])
