@@ -50,6 +50,7 @@ from plumbing.device import (
     choose_device,
     compiler_problem,
     disable_cudnn_attention,
+    keep_freed_memory,
     padded,
     to_device,
 )
@@ -156,6 +157,8 @@ def find_place(c, group):
     print(line)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")   # TF32 for products that stay in float32
+    elif device.type == "cpu":
+        keep_freed_memory()
     micro = max(1, min(c.micro_batch_size, c.batch_size // group.world))
     if c.batch_size % (micro * group.world) != 0:
         raise InputError(

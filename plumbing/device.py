@@ -1,5 +1,6 @@
 """The device: which one, whether bfloat16 and torch.compile pay on it, and its peak speed."""
 
+import ctypes
 import functools
 import math
 import os
@@ -141,6 +142,20 @@ def choose_attention_kernels(device, bf16, config):
     torch.backends.cuda.enable_flash_sdp(not slow)   # despite its name this covers CPUs too
     if any(config.windows):
         disable_cudnn_attention()
+
+
+def keep_freed_memory():
+    """
+    Have glibc keep the memory of freed tensors and use it again. As it is, it gives large ones back
+    to the system, whose fresh pages cost each training step time: see docs/speed.md.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3   # as malloc.h has them
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+    except (OSError, AttributeError, TypeError):   # not Linux with glibc
+        pass
 
 
 def padded(vocab_size):

@@ -1,8 +1,13 @@
 """The device: which one, in which dtype, and how fast it is on paper. No GPU is needed."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import HERE
 from torch.distributed.distributed_c10d import BackendConfig
 
 from plumbing import device, processes
@@ -113,3 +118,26 @@ def test_CPU_and_GPU_tensors_both_reach_the_other_processes(gpu, backends, monke
     processes.join()
     found = BackendConfig(dist.Backend(named[0])).get_device_backend_map()
     assert {device: found[device] for device in backends} == backends
+
+
+PROGRAM = """
+import sys, torch
+from assessment.measure import process_mb
+from plumbing.device import keep_freed_memory
+if "keep" in sys.argv:
+    keep_freed_memory()
+before = process_mb("VmRSS:")
+torch.ones(50_000_000)
+print(process_mb("VmRSS:") - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is changed")
+def test_memory_of_freed_tensors_is_kept():
+    held = {}
+    for word in ("keep", "as it is"):
+        command = [sys.executable, "-c", PROGRAM, word]
+        done = subprocess.run(command, cwd=HERE, capture_output=True, encoding="utf-8")
+        assert done.returncode == 0, done.stderr
+        held[word] = float(done.stdout)   # of 200 MB
+    assert held["keep"] > 190 and held["as it is"] < 20
