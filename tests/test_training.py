@@ -64,11 +64,13 @@ def test_checkpoint_holds_plain_names_and_all_that_sampling_needs():
     train.main(TINY)
     saved = checkpoint()
     assert saved.keys() == {"model", "optimizer", "gpt_config", "train_config", "step",
-                            "best_val_loss", "tokenizer"}
+                            "best_val_loss", "tokenizer", "source_sha256"}
     model = model_of(saved)
     assert saved["optimizer"].keys() == dict(model.named_parameters()).keys()
     assert saved["train_config"] == dataclasses.asdict(load_config(TINY)[0])
-    assert saved["tokenizer"] == load_meta("data/tiny")["tokenizer"]
+    meta = load_meta("data/tiny")
+    assert saved["tokenizer"] == meta["tokenizer"]
+    assert saved["source_sha256"] == meta["source_sha256"]
     assert saved["step"] == 12
 
 
