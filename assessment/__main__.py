@@ -13,33 +13,34 @@ What each variant costs and what it buys, measured on this machine.
     start        seconds from the command to the first step, and to the loss nanoGPT ends with
     decode       tokens/s beside transformers (if installed), and with fewer key/value heads
     processes    train.py alone, as DDP and as FSDP: tokens/s, and the bytes a process holds
+    profile      where the time of a training step of GPT-2 124M goes
     --nanogpt=FOLDER    a clone of nanoGPT, for steps and start
+    --csv               writes assessment/results/speed.csv
 
-  python -m assessment claims            what the papers claim, in miniature: trains small models
-                                         and writes assessment/results/papers.csv; or parts of it:
-                                         claims rope gqa windows recall longer time
-  python -m assessment experiments       larger experiments, whose finished runs are kept in
-                                         results/claims.csv; about two hours on two cores, or parts:
-                                         experiments rates factorial stretch recall heads text
+  python -m assessment claims            what the papers claim, in miniature: trains small models,
+                                         about two and a half hours on two cores; finished runs are
+                                         kept in assessment/results/claims.csv; or parts of it:
+                                         claims rates factorial windows stretch recall heads text
   python -m assessment gpu               the first twenty minutes on a GPU: writes results/gpu.csv;
                                          without a GPU the same with tiny models
   python -m assessment runs out-a out-b  draws the losses of runs of train.py, by their folders or
                                          their metrics.csv, into losses.png
-  python -m assessment plots             draws assessment/*.png from the two CSV files, and prints
-                                         the means of papers.csv
+  python -m assessment plots             draws assessment/*.png from the CSV files
+  python -m assessment figures           compares the figures in the pages with the CSV files;
+                                         figures --write renews the tables first
 """
 
-from assessment import claims, cost, experiments, gpu, plots, runs, speed
+from assessment import claims, cost, figures, gpu, plots, runs, speed
 from plumbing.errors import InputError, run_script
 
 COMMANDS = {
     "cost": cost.main,
     "speed": speed.main,
     "claims": claims.main,
-    "experiments": experiments.main,
     "gpu": gpu.main,
     "runs": runs.main,
     "plots": plots.main,
+    "figures": figures.main,
 }
 
 

@@ -11,6 +11,7 @@ from assessment.measure import (
     RESULTS,
     added_mb,
     cpu_only,
+    hardware,
     machine,
     milliseconds,
     peak_mb,
@@ -23,7 +24,7 @@ from assessment.measure import (
     training_step,
 )
 from model import GPT, GPTConfig, attend, attend_in_blocks, attend_with_flash, flash_fits, visible
-from plumbing.device import disable_cudnn_attention
+from plumbing.device import disable_cudnn_attention, keep_freed_memory
 from plumbing.errors import InputError
 
 WINDOW = 256
@@ -103,6 +104,8 @@ def print_formulas(configs):
 
 def measure_training(configs, T, device, bf16):
     """A training step of one sequence: seconds, and MB above parameters and optimizer state"""
+    if device.type == "cpu":
+        keep_freed_memory()   # as train.py does
     steps = {name: training_step(GPT(c), 1, T, device, bf16) for name, c in configs.items()}
     seconds = times(steps, repeat=5)
     memory = {}
@@ -330,7 +333,8 @@ def endless(n=100_000):
 def write_csv(measured, line):
     RESULTS.mkdir(exist_ok=True)
     with open(RESULTS / "variants.csv", "w", encoding="utf-8", newline="\n") as f:
-        print(f"# torch {torch.__version__}, {line}; seconds and, for memory, MB", file=f)
+        print(f"# torch {torch.__version__}; {hardware()}; {line}", file=f)
+        print("# seconds and, for memory, MB", file=f)
         print("what,variant,T,median,low,high", file=f)
         for (what, T), runs in measured.items():
             for name, values in runs.items():

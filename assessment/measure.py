@@ -10,6 +10,7 @@ import ctypes
 import math
 import multiprocessing
 import os
+import platform
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -36,6 +37,39 @@ def machine():
     timing them needs another clock.
     """
     return choose_device("cuda" if torch.cuda.is_available() else "cpu", "auto")
+
+
+def hardware():
+    """The processor and how fast it reads memory, in words"""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    read = memory_speed(torch.device("cpu"))
+    return f"{processor()}, {torch.get_num_threads()} threads, reads {read / 1e9:.0f} GB/s"
+
+
+def memory_speed(device, n=124_439_808):
+    """Bytes per second in which as many numbers as GPT-2 124M has are read, at best"""
+    weights = torch.ones(n, device=device)
+    return weights.nbytes / min(times({"read": weights.sum}, repeat=9)["read"])
+
+
+def processor():
+    """Its name, its generation and its instructions for bfloat16, as Linux tells them"""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    words = [fields.get("model name", platform.machine())]
+    for name in ("cpu family", "model"):
+        if name in fields:
+            words.append(f"{name} {fields[name]}")
+    flags = fields.get("flags", "").split()
+    words += [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    return " ".join(words)
 
 
 def cpu_only():
@@ -73,7 +107,7 @@ def times(functions, repeat):
     for _ in range(repeat):
         for name, f in functions.items():
             f()   # not counted: whatever ran before left caches and memory as it needed them
-            taken[name].append(seconds_of(f))
+            taken[name].append(f.seconds() if isinstance(f, Apart) else seconds_of(f))
     return taken
 
 
@@ -100,6 +134,32 @@ def print_times(taken, notes=None):
         ratio = times_as_fast(seconds, last)
         measured = milliseconds(seconds)
         print(f"  {name:22} {measured:36} {ratio:5.2f} times as fast as the last{note}")
+
+
+class Apart:
+    """
+    The function that make(*args) makes, in a process of its own that lives on: settings of the
+    process that one program makes do not reach the other.
+    """
+
+    def __init__(self, make, *args):
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self.pool.submit(make_here, make, args).result()
+
+    def __call__(self):
+        self.seconds()
+
+    def seconds(self):
+        """How long a call takes, as seconds_of measures it there"""
+        return self.pool.submit(seconds_here).result()
+
+
+def make_here(make, args):
+    Apart.function = staticmethod(make(*args))
+
+
+def seconds_here():
+    return seconds_of(Apart.function)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -3,11 +3,11 @@ Draws assessment/*.png from results/*.csv. One idea per picture; a variant alway
 colour and the same marker, so that the pictures can also be read in grey.
 """
 
-import statistics
-
-from assessment.claims import CONVERSIONS, LENGTHS, PARTS, print_means
 from assessment.cost import VARIANTS, cache_bytes
+from assessment.figures import NAMES, RATES, claims, difference, mean_of, percent
 from assessment.measure import HERE, read_results
+from assessment.small_models import LENGTHS, REPEATED, recall_bounds
+from assessment.stretch import METHODS
 from model import GPTConfig
 from plumbing.errors import InputError
 
@@ -18,59 +18,21 @@ STYLE = {
     "gqa": ("#ff7f0e", "^", "-."),
     "swa": ("#2ca02c", "D", ":"),
     "modern": ("#d62728", "v", (0, (5, 1, 1, 1, 1, 1))),
-    "rope_swa": ("#17becf", "P", (0, (4, 2))),
     "masked": ("#999999", "x", (0, (1, 1))),
-    "random": ("#8c564b", "x", ":"),
-    "first": ("#9467bd", "<", "--"),
-    "mean": ("#ff7f0e", "^", "-."),
 }
 
 
-# ----------------------------------------------------------------------------------------------
-# What is drawn: points are {x: (low, middle, high)}
-
 def measured(what, variant, scale=1.0):
-    """Rows of variants.csv -> {T: (smallest, median, largest)}"""
+    """Rows of variants.csv -> {T: median}"""
     points = {}
     for row in read_results("variants.csv"):
         if row["what"] == what and row["variant"] == variant:
-            points[int(row["T"])] = [scale * float(row[k]) for k in ("low", "median", "high")]
+            points[int(row["T"])] = scale * float(row["median"])
     if not points:
         raise InputError(
             f"results/variants.csv has no {what} of {variant}: run python -m assessment cost --csv"
         )
     return points
-
-
-def over_seeds(experiment, variant, data="shakespeare", by="step"):
-    """Rows of papers.csv -> {step, or another column: (smallest, mean, largest) of the seeds}"""
-    values = {}
-    for row in read_results("papers.csv"):
-        if (row["experiment"], row["variant"], row["data"]) == (experiment, variant, data):
-            values.setdefault(int(row[by]), []).append(float(row["value"]))
-    if not values:
-        raise InputError(
-            f"results/papers.csv has no {experiment} of {variant} on {data}: "
-            "run python -m assessment claims"
-        )
-    return {x: (min(v), statistics.mean(v), max(v)) for x, v in values.items()}
-
-
-def course(experiment, variant, data="shakespeare"):
-    """The same by step, without step 0, where all models are alike"""
-    points = over_seeds(experiment, variant, data)
-    points.pop(0, None)
-    return points
-
-
-def final(experiment, variant, data="shakespeare"):
-    """(smallest, mean, largest) after the last step"""
-    points = over_seeds(experiment, variant, data)
-    return points[max(points)]
-
-
-def without_spread(points):
-    return {x: (middle, middle, middle) for x, (_, middle, _) in points.items()}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -96,7 +58,7 @@ def set_up_matplotlib():
 def figure(title, *labels):
     """A row of panels, one for each (label of x, label of y) -> the figure and its axes"""
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(3.7 * len(labels), 3.2))
+    fig = Figure(figsize=(max(5.2, 3.7 * len(labels)), 3.2))
     fig.suptitle(title, fontsize=10)
     axes = fig.subplots(1, len(labels), squeeze=False)[0]
     for ax, (x, y) in zip(axes, labels, strict=True):
@@ -104,16 +66,14 @@ def figure(title, *labels):
     return fig, *axes
 
 
-def line(ax, label, points, style, joined=True):
-    """A line through the middles, with bars from low to high"""
+def line(ax, label, points, style, halves=None):
+    """A line through {x: y}, with bars of ± {x: half}"""
     colour, marker, dashes = STYLE[style]
     xs = sorted(points)
-    middles = [points[x][1] for x in xs]
-    below = [points[x][1] - points[x][0] for x in xs]
-    above = [points[x][2] - points[x][1] for x in xs]
     ax.errorbar(
-        xs, middles, [below, above], label=label, color=colour, marker=marker,
-        linestyle=dashes if joined else "", markersize=4, capsize=2, linewidth=1.4, elinewidth=0.8,
+        xs, [points[x] for x in xs], halves and [halves[x] for x in xs], label=label,
+        color=colour, marker=marker, linestyle=dashes, markersize=4, capsize=2, linewidth=1.4,
+        elinewidth=0.8,
     )
 
 
@@ -128,15 +88,16 @@ def logarithmic_y(ax, ticks):
     ax.set_yticks(ticks, [f"{y:,}" for y in ticks])
 
 
-def categories(ax, labels):
-    """One place on the x axis for each label"""
-    ax.set_xticks(range(len(labels)), labels)
-    ax.set_xlim(-0.5, len(labels) - 0.5)
+def reference(ax, y, words):
+    """A thin horizontal line, with what it stands for"""
+    ax.axhline(y, color="#666666", linewidth=0.8)
+    ax.annotate(words, (1, y), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                fontsize=8, color="#444444")
 
 
 def save(fig, name):
     fig.tight_layout()
-    fig.savefig(HERE / f"{name}.png", dpi=130)
+    fig.savefig(HERE / f"{name}.png", dpi=130, metadata={"Software": None})
 
 
 # ----------------------------------------------------------------------------------------------
@@ -158,10 +119,11 @@ def draw_cost():
 
     lengths = [2**n for n in range(8, 16)]
     for name, switches in VARIANTS.items():
-        megabytes = {n: cache_bytes(GPTConfig(**switches), n) / 1e6 for n in lengths}
-        line(size, name, {n: (mb, mb, mb) for n, mb in megabytes.items()}, name)
-        # Bars would hide each other.
-        line(speed, name, without_spread(measured("decode", name, 1e3)), name)
+        if name != "rope":   # the same cache as gpt2, and within 4% of its time
+            label = "gpt2, rope" if name == "gpt2" else NAMES[name]
+            line(size, label, {n: cache_bytes(GPTConfig(**switches), n) / 1e6 for n in lengths},
+                 name)
+            line(speed, label, measured("decode", name, 1e3), name)
     logarithmic_x(size, lengths[::2])
     logarithmic_y(size, (10, 100, 1000))
     size.legend()
@@ -170,100 +132,131 @@ def draw_cost():
     save(fig, "cost")
 
 
-def draw_rope():
-    fig, steps, length = figure(
-        "Rotary against learned positions: tiny Shakespeare, trained on 128 characters",
+def differences(of, places, base="gpt2"):
+    """of(variant, place) -> {seed: value}. -> {variant: ({place: mean}, {place: half})}"""
+    found = {}
+    for name in VARIANTS:
+        if name != base:
+            compared = {place: difference(of(name, place), of(base, place)) for place in places}
+            found[name] = ({place: mean for place, (mean, _) in compared.items()},
+                           {place: half for place, (_, half) in compared.items()})
+    return found
+
+
+def draw_rates():
+    fig, ax = figure("Each variant against gpt2, both at the same learning rate",
+                     ("learning rate (Muon)", "loss minus gpt2's, 300 steps"))
+
+    def losses(name, i):
+        return claims("rates", f"{name} muon {RATES[i]}")
+    for i, (name, (means, halves)) in enumerate(differences(losses, range(len(RATES))).items()):
+        shifted = {place + 0.06 * (i - 1.5): mean for place, mean in means.items()}
+        halves = dict(zip(shifted, halves.values(), strict=True))
+        line(ax, NAMES[name], shifted, name, halves)
+    ax.set_xticks(range(len(RATES)), RATES)
+    ax.axhline(0, color=STYLE["gpt2"][0], linewidth=1)
+    ax.legend(ncols=2)
+    save(fig, "rates")
+
+
+def draw_convergence():
+    fig, ax = figure("The lead over gpt2 while training 900 steps",
+                     ("step", "loss minus gpt2's"))
+
+    def losses(name, step):
+        return claims("text", name, step=step)
+    for i, (name, (means, halves)) in enumerate(
+            differences(losses, range(100, 901, 100)).items()):
+        shifted = {step + 8 * (i - 1.5): mean for step, mean in means.items()}
+        halves = dict(zip(shifted, halves.values(), strict=True))
+        line(ax, NAMES[name], shifted, name, halves)
+    ax.axhline(0, color=STYLE["gpt2"][0], linewidth=1)
+    ax.legend(ncols=2)
+    save(fig, "convergence")
+
+
+def draw_stretch():
+    """One panel at once, one after 30 more steps, with the same axes"""
+    fig, *panels = figure(
+        "RoPE, trained on 128 characters: the same 64 characters, after more and more text",
+        ("characters read at once", "their loss, at once"),
+        ("characters read at once", "after 30 steps on 512"),
+    )
+    styles = dict(zip(METHODS, STYLE, strict=True))
+    for ax, step in zip(panels, (300, 330), strict=True):
+        for method in METHODS:
+            points = {T: mean_of(claims("stretch", "rope", method, step, T)) for T in LENGTHS}
+            line(ax, method, points, styles[method])
+        logarithmic_x(ax, LENGTHS)
+    low = min(ax.get_ylim()[0] for ax in panels)
+    high = max(ax.get_ylim()[1] for ax in panels)
+    for ax in panels:
+        ax.set_ylim(low, high)
+    panels[1].legend(ncols=2)
+    save(fig, "stretch")
+
+
+RECALLING = {
+    "learned positions": "gpt2", "rope": "rope", "rope, 1 of 8 heads": "gqa",
+    "rope, window 16": "swa", "all three": "modern", "rope, window 4 and full": "masked",
+}
+
+
+def draw_recall():
+    fig, right, loss = figure(
+        "Lines of random letters, each said twice: what is known of the second",
+        ("how far back the first stands", "letters known, %"),
         ("step", "validation loss"),
-        ("characters read at once", "loss of the last 64"),
     )
-    line(steps, "gpt2", course("train", "gpt2"), "gpt2")
-    line(steps, "rope", course("train", "rope"), "rope")
-    steps.legend()
+    for variant, style in RECALLING.items():
+        shares = {n + 1: mean_of(percent(claims("recall", variant, "recall", length=n + 1)))
+                  for n in REPEATED}
+        line(right, variant, shares, style)
+        steps = {step: mean_of(claims("recall", variant, step=step))
+                 for step in range(100, 901, 100)}
+        line(loss, variant, steps, style)
+    right.set_ylim(0, 102)
+    right.set_xticks([n + 1 for n in REPEATED])
+    reference(right, 100 / 26, "a guess")
+    guessing, knowing = recall_bounds()
+    reference(loss, guessing, "no line known from the one before")
+    reference(loss, knowing, "every line that can be known")
+    right.legend(loc="center left", fontsize=7)
+    save(fig, "recall")
 
-    line(length, "rope", over_seeds("length", "rope", by="length"), "rope")
-    line(length, "rope, W = 32", over_seeds("length", "rope+W32", by="length"), "rope_swa")
-    line(length, "rope, gqa, W = 32", over_seeds("length", "modern", by="length"), "modern")
-    logarithmic_x(length, LENGTHS)
-    length.legend()
-    save(fig, "rope")
 
-
-def draw_gqa():
+def draw_heads():
     fig, heads, steps = figure(
-        "Fewer key/value heads for eight query heads: tiny Shakespeare",
-        ("key/value heads", "validation loss, trained so from the start"),
-        ("steps of training after conversion (30 = 10%)", "validation loss, 2 heads"),
+        "Fewer key/value heads for eight query heads, eight seeds",
+        ("key/value heads", "loss minus 8 heads', trained so from the start"),
+        ("steps of training after conversion", "loss minus the unconverted model's"),
     )
-    line(heads, "8 = multi-head", {8: final("train", "gpt2")}, "gpt2")
-    line(heads, "grouped", {n: final("train", f"kv{n}") for n in (4, 2, 1)}, "gqa")
-    logarithmic_x(heads, (1, 2, 4, 8))
-    heads.legend()
-
-    labels = {"random": "random", "first": "from the first", "mean": "from the mean"}
-    for how in reversed(CONVERSIONS):
-        line(steps, labels[how], over_seeds("convert", f"kv2 {how}"), how)
-    line(steps, "not converted", over_seeds("convert", "multi-head"), "gpt2")
-    steps.legend()
-    save(fig, "gqa")
-
-
-def draw_windows():
-    fig, steps, depth, recall = figure(
-        "Windows: a head start, and what is out of sight is gone",
-        ("step, Python library", "validation loss"),
-        ("four windows of mean 32, tiny Shakespeare", "validation loss"),
-        ("window, with rope", "loss on lines said twice, 25 apart"),
-    )
-    line(steps, "full attention", course("longer", "gpt2", "stdlib"), "gpt2")
-    line(steps, "W = 8", course("longer", "W8", "stdlib"), "swa")
-    line(steps, "full, with rope", course("longer", "rope", "stdlib"), "rope")
-    steps.legend()
-
-    for i, name in enumerate(("shrinking", "W32", "growing")):
-        line(depth, name, {i: final("train", name)}, "swa", joined=False)
-    categories(depth, ["56 40\n24 8", "32 32\n32 32", "8 24\n40 56"])
-
-    for i, name in enumerate(PARTS["recall"].variants):
-        style = "rope" if name == "rope" else "rope_swa"
-        line(recall, name, {i: final("recall", name, "recall")}, style, joined=False)
-    categories(recall, ["4", "8", "16", "32", "4 full\n4 full", "full"])
-    save(fig, "windows")
+    base = claims("heads", "8 heads")
+    found = {n: difference(claims("heads", f"{n} heads"), base) for n in (4, 2, 1)}
+    line(heads, None, {n: mean for n, (mean, _) in found.items()}, "gqa",
+         {n: half for n, (_, half) in found.items()})
+    heads.axhline(0, color=STYLE["gpt2"][0], linewidth=1)
+    logarithmic_x(heads, (1, 2, 4))
+    labels = {"mean of 4": ("2 heads, the mean", "gqa"), "first of 4": ("2, the first", "swa"),
+              "mean of 8": ("1 head, the mean", "rope"), "first of 8": ("1, the first", "modern")}
+    for measure, (label, style) in labels.items():
+        found = {}
+        for step in (15, 30, 75, 150):
+            found[step] = difference(claims("heads", "8 heads", measure, step),
+                                     claims("heads", "8 heads", "not converted", step))
+        line(steps, label, {step: mean for step, (mean, _) in found.items()}, style,
+             {step: half for step, (_, half) in found.items()})
+    steps.axhline(0, color=STYLE["gpt2"][0], linewidth=1)
+    steps.legend(fontsize=8)
+    save(fig, "heads")
 
 
-def draw_together():
-    fig, seconds, ladder = figure(
-        "All three together",
-        (
-            "seconds of training, the fastest of three seeds",
-            "validation loss, T = 1,024, Python library",
-        ),
-        ("", "validation loss, T = 128, tiny Shakespeare"),
-    )
-    for name, label, style in (
-        ("gpt2", "gpt2, 300 steps", "gpt2"),
-        ("modern", "all three, 300 steps", "modern"),
-        ("modern 540 steps", "all three, 540 steps", "rope_swa"),
-    ):
-        taken = over_seeds("seconds", name, "stdlib")
-        losses = course("time", name, "stdlib")
-        by_time = {taken[step][0]: loss for step, loss in losses.items()}
-        line(seconds, label, by_time, style)
-    seconds.legend()
-
-    styles = {"gpt2": "gpt2", "kv2": "gqa", "rope": "rope", "W32": "swa", "modern": "modern"}
-    for i, (name, style) in enumerate(styles.items()):
-        line(ladder, name, {i: final("train", name)}, style, joined=False)
-    categories(ladder, ["gpt2", "2 of 8\nkv heads", "rope", "W = 32", "all\nthree"])
-    save(fig, "together")
+PICTURES = (draw_cost, draw_rates, draw_convergence, draw_stretch, draw_recall, draw_heads)
 
 
 def main(argv):
     if argv:
         raise InputError(f"plots takes nothing more, found {' '.join(argv)}")
     set_up_matplotlib()
-    draw_cost()
-    draw_rope()
-    draw_gqa()
-    draw_windows()
-    draw_together()
-    print_means()
+    for draw in PICTURES:
+        draw()

@@ -1,5 +1,6 @@
 """How fast it is: training steps, start-up, decoding, and several processes."""
 
+import csv
 import importlib.util
 import io
 import json
@@ -17,12 +18,17 @@ import torch
 
 from assessment.cost import GQA, ROPE, SWA, VARIANTS, fill
 from assessment.measure import (
+    RESULTS,
     ROOT,
+    Apart,
     added_mb,
+    hardware,
     machine,
+    memory_speed,
     nanogpt_step,
     print_times,
     print_versions,
+    read_results,
     spread,
     step_after_first,
     times,
@@ -30,8 +36,9 @@ from assessment.measure import (
     training_step,
 )
 from model import GPT, GPTConfig
-from plumbing.device import disable_cudnn_attention
+from plumbing.device import disable_cudnn_attention, keep_freed_memory
 from plumbing.errors import InputError
+from plumbing.files import replacing
 from prepare_data import prepare, prepare_text
 
 # ----------------------------------------------------------------------------------------------
@@ -56,6 +63,16 @@ def nanogpt_model(folder, shape):
         return module.GPT(module.GPTConfig(dropout=0.0, **shape))
 
 
+def our_steps(shape, B, T, device, bf16, n):
+    if device.type == "cpu":
+        keep_freed_memory()   # as train.py does
+    return repeated(training_step(GPT(GPTConfig(**shape)), B, T, device, bf16), n)
+
+
+def nanogpts_steps(folder, shape, B, T, device, bf16, n):
+    return repeated(nanogpt_step(nanogpt_model(folder, shape), B, T, device, bf16), n)
+
+
 def repeated(f, n):
     def run():
         for _ in range(n):
@@ -63,35 +80,50 @@ def repeated(f, n):
     return run
 
 
+def in_milliseconds(taken):
+    """{who: list of seconds} -> {who: (unit, values)}, as every part returns them"""
+    return {who: ("ms", [1e3 * s for s in seconds]) for who, seconds in taken.items()}
+
+
 def steps(nanogpt, tiny):
     """A training step beside nanoGPT's, and of long texts with and without the switches"""
     device, bf16, line = machine()
     print(line)
+    found = {}
     shapes = {"a tiny model": (2, 32, 1, TINY)} if tiny else SHAPES
     for name, (B, T, n, shape) in shapes.items():
-        runs = {"plainGPT": training_step(GPT(GPTConfig(**shape)), B, T, device, bf16)}
+        runs = {"plainGPT": Apart(our_steps, shape, B, T, device, bf16, n)}
         if nanogpt:
-            runs["nanoGPT"] = nanogpt_step(nanogpt_model(nanogpt, shape), B, T, device, bf16)
-        taken = times({run: repeated(step, n) for run, step in runs.items()}, repeat=5)
+            runs["nanoGPT"] = Apart(nanogpts_steps, nanogpt, shape, B, T, device, bf16, n)
+        taken = times(runs, repeat=5)
         print(f"a training step, {name}")
-        print_times({run: [s / n for s in seconds] for run, seconds in taken.items()})
+        taken = {run: [s / n for s in seconds] for run, seconds in taken.items()}
+        print_times(taken)
+        found[name] = in_milliseconds(taken)
     if tiny:
-        return
+        return found
 
     T = 4096
     print(f"a training step, GPT-2 124M, 1 x {T:,}; memory above parameters and optimizer state")
     configs = {name: GPTConfig(block_size=T, **VARIANTS[name]) for name in ("modern", "gpt2")}
     memory = {}
     for name, config in configs.items():
-        memory[name] = f"{added_mb(step_after_first, config, T, device, bf16):,.0f} MB"
+        memory[name] = added_mb(step_after_first, config, T, device, bf16)
+    if device.type == "cpu":
+        keep_freed_memory()
     runs = {name: training_step(GPT(c), 1, T, device, bf16) for name, c in configs.items()}
-    print_times(times(runs, repeat=3), memory)
+    taken = times(runs, repeat=3)
+    print_times(taken, {name: f"{mb:,.0f} MB" for name, mb in memory.items()})
+    found[f"GPT-2 124M, 1 x {T:,}"] = in_milliseconds(taken)
+    found[f"GPT-2 124M, 1 x {T:,}, memory"] = {name: ("MB", [mb]) for name, mb in memory.items()}
+    return found
 
 
 # ----------------------------------------------------------------------------------------------
 # start: whole commands, with the data ready
 
 LOSS_OF_NANOGPT = 1.898   # at the end of its CPU recipe
+TO_THE_LOSS = f"to a validation loss of {LOSS_OF_NANOGPT}"   # nanoGPT: to its end
 NANOGPT_RECIPE = [   # from nanoGPT's README
     "train.py", "config/train_shakespeare_char.py", "--device=cpu", "--compile=False",
     "--eval_iters=20", "--log_interval=1", "--block_size=64", "--batch_size=12", "--n_layer=4",
@@ -143,19 +175,22 @@ def start(nanogpt, tiny):
     ours = ["train.py", "config/shakespeare.py"]
     first_step = [*ours, "--eval_iters=1", "--log_interval=1"]
     runs = {
-        "to the first step": (prints("step 1/"), ROOT, first_step),
-        f"to a validation loss below {LOSS_OF_NANOGPT}": (reaches_loss, ROOT, ours),
+        ("to the first step", "plainGPT"): (prints("step 1/"), ROOT, first_step),
+        (TO_THE_LOSS, "plainGPT"): (reaches_loss, ROOT, ours),
     }
     if nanogpt:
         first_step = [*NANOGPT_RECIPE, "--eval_iters=1"]
-        runs["to the first step, nanoGPT"] = (prints("iter 0"), nanogpt, first_step)
-        runs["to the end, nanoGPT"] = (prints("iter 2000"), nanogpt, NANOGPT_RECIPE)
-    found = {name: [] for name in runs}
+        runs["to the first step", "nanoGPT"] = (prints("iter 0"), nanogpt, first_step)
+        runs[TO_THE_LOSS, "nanoGPT"] = (prints("iter 2000"), nanogpt, NANOGPT_RECIPE)
+    taken = {name: [] for name in runs}
     for _ in range(3):
         for name, run in runs.items():
-            found[name].append(seconds_until(*run))
-    for name, seconds in found.items():
-        print(f"{name:36} {spread(seconds, '.1f', ' s')}")
+            taken[name].append(seconds_until(*run))
+    found = {}
+    for (work, who), seconds in taken.items():
+        print(f"{work:36} {who:10} {spread(seconds, '.1f', ' s')}")
+        found.setdefault(work, {})[who] = ("s", seconds)
+    return found
 
 
 # ----------------------------------------------------------------------------------------------
@@ -185,6 +220,7 @@ def transformers_run(idx, dtype, config, n):
 def generation(bytes_per_second, device, config, n):
     """tokens/s of a whole generation, and its share of what reading the weights alone allows"""
     idx = torch.randint(50257, (1, 16), device=device)
+    found = {}
     for dtype in (torch.float32, torch.bfloat16):
         model = GPT(config).eval().to(device, dtype)
         runs = {"plainGPT": lambda m=model: m.generate(idx, n, temperature=0)}
@@ -192,13 +228,16 @@ def generation(bytes_per_second, device, config, n):
         last = list(taken.values())[-1]
         limit = bytes_per_second / (model.num_params() * dtype.itemsize)
         dtype_name = str(dtype).removeprefix("torch.")
+        work = found[f"greedy decoding, {dtype_name}"] = {}
         for name, seconds in taken.items():
             speeds = [n / s for s in seconds]
             share = statistics.median(speeds) / limit
+            work[name] = ("tokens/s", speeds)
             print(
                 f"  {dtype_name:9}{name:22} {spread(speeds, '.1f', ' tokens/s')}, {share:.0%}, "
                 f"{times_as_fast(seconds, last):.2f} times the last"
             )
+    return found
 
 
 def one_more_token(title, cases, device):
@@ -212,6 +251,7 @@ def one_more_token(title, cases, device):
     taken = times(runs, repeat=25)
     print(title)
     print_times(taken)
+    return {title: in_milliseconds(taken)}
 
 
 @torch.no_grad()
@@ -223,24 +263,23 @@ def decode(tiny):
     torch.manual_seed(0)
     config = GPTConfig(n_layer=1, n_embd=48) if tiny else GPTConfig()
     n = 8 if tiny else NEW_TOKENS
-    weights = torch.ones(10**6 if tiny else 124_439_808, device=device)
-    taken = times({"read": weights.sum}, repeat=9)["read"]
-    bytes_per_second = weights.nbytes / min(taken)
+    bytes_per_second = memory_speed(device, 10**6) if tiny else memory_speed(device)
     print(
         f"reading memory: {bytes_per_second / 1e9:.1f} GB/s. GPT-2 124M, greedy, a prompt of 16 "
         f"tokens, {n} new ones; share of what reading the weights alone would allow"
     )
-    generation(bytes_per_second, device, config, n)
+    found = generation(bytes_per_second, device, config, n)
     if tiny:
-        return
-    one_more_token("one more token, batch 8, after 4,096, float32", {
+        return found
+    found |= one_more_token("one more token, batch 8, after 4,096, float32", {
         "grouped": (4096, 8, GQA),
         "multi_head": (4096, 8, {}),
     }, device)
-    one_more_token("one more token, RoPE and W = 256, batch 1", {
+    found |= one_more_token("one more token, RoPE and W = 256, batch 1", {
         "after 512": (512, 1, ROPE | SWA),
         "after 4,096": (4096, 1, ROPE | SWA),
     }, device)
+    return found
 
 
 # ----------------------------------------------------------------------------------------------
@@ -315,6 +354,7 @@ def processes(tiny):
     """train.py alone, as DDP and as FSDP: tokens/s, and the bytes that the first process holds"""
     if tiny:
         raise InputError("speed processes times whole commands, which are not made tiny")
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
         sources = [*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")]
         prepare_text(Path(folder, "data/text"), sources, "char")
@@ -324,6 +364,7 @@ def processes(tiny):
                 for mode in MODES:
                     speeds[mode].append(tokens_per_second(mode, flags, folder))
             print(name)
+            found[name] = {mode: ("tokens/s", values) for mode, values in speeds.items()}
             for mode, (n, _) in MODES.items():
                 ratio = statistics.median(speeds[mode]) / statistics.median(speeds["alone"])
                 print(
@@ -331,19 +372,93 @@ def processes(tiny):
                     f"{spread(speeds[mode], ',.0f', ' tokens/s')}  {ratio:.2f} of alone; "
                     f"holds {bytes_held(mode, flags, folder)}"
                 )
+    return found
+
+
+# ----------------------------------------------------------------------------------------------
+# profile
+
+KINDS = {   # of operations, by words in the names that torch gives them; the first that fits counts
+    "loss": ("log_softmax", "nll_loss"),
+    "attention": ("attention", "softmax_backward", "aten::_softmax"),
+    "optimizer": ("adamw", "foreach"),
+    "matrix products": ("::mm", "addmm", "bmm", "linear"),
+    "casts and copies": ("copy_", "cat", "_to_copy"),
+    "GELU and LayerNorm": ("gelu", "norm"),
+}
+
+
+def kind_of(operation):
+    for kind, words in KINDS.items():
+        if any(word in operation for word in words):
+            return kind
+    return "the rest"
+
+
+def products_per_second(dtype, n):
+    """FLOP/s of the product of two n x n matrices"""
+    a, b = torch.randn(2, n, n).to(dtype)
+    return 2 * n**3 / min(times({"product": lambda: a @ b}, repeat=5)["product"])
+
+
+def profile(tiny):
+    """Where a training step's time goes, and the least that its matrix products could take"""
+    device, bf16, line = machine()
+    print(line)
+    if device.type != "cpu":
+        raise InputError("speed profile is for CPUs")
+    keep_freed_memory()   # as train.py does
+    B, T, _, shape = (2, 32, 1, TINY) if tiny else SHAPES["GPT-2 124M, 2 x 512"]
+    model = GPT(GPTConfig(**shape))
+    step = training_step(model, B, T, device, bf16)
+    seconds = statistics.median(times({"step": step}, repeat=3)["step"])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step()
+    spent = {}
+    for event in profiler.key_averages():
+        kind = kind_of(event.key)
+        spent[kind] = spent.get(kind, 0) + event.self_cpu_time_total / 1e3
+    print(f"a training step of {B} x {T} tokens: {1e3 * seconds:,.1f} ms; under the profiler, ms:")
+    for kind, ms in sorted(spent.items(), key=lambda item: -item[1]):
+        print(f"  {kind:20} {ms:8,.1f}")
+    flops = B * T * model.flops_per_token(T)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    peak = products_per_second(dtype, 64 if tiny else 2048)
+    print(f"its products are {flops / 1e9:,.0f} GFLOP, at {peak / 1e9:,.0f} GFLOP/s (2048 x 2048) "
+          f"{1e3 * flops / peak:,.1f} ms")
+    return {"profile": {kind: ("ms", [ms]) for kind, ms in spent.items()}}
 
 
 # ----------------------------------------------------------------------------------------------
 # The command
 
-PARTS = {"steps": steps, "start": start, "decode": decode, "processes": processes}
+PARTS = {"steps": steps, "start": start, "decode": decode, "processes": processes,
+         "profile": profile}
 BESIDE_NANOGPT = ("steps", "start")
+COLUMNS = ("part", "hardware", "work", "who", "unit", "median", "low", "high")
+
+
+def write_csv(part, described, found):
+    """{work: {who: (unit, values)}} -> speed.csv, in place of what it had of this part"""
+    rows = [row for row in read_results("speed.csv") if row["part"] != part]
+    for work, runs in found.items():
+        for who, (unit, values) in runs.items():
+            middle, low, high = statistics.median(values), min(values), max(values)
+            numbers = [f"{x:.6g}" for x in (middle, low, high)]
+            row = (part, described, work, who, unit, *numbers)
+            rows.append(dict(zip(COLUMNS, row, strict=True)))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with replacing(RESULTS / "speed.csv") as f:
+        f.write(text.getvalue().encode())
 
 
 def main(argv):
     parts = []
     nanogpt = None
-    tiny = False
+    tiny = keep = False
     for word in argv:
         if word.startswith("--nanogpt="):
             nanogpt = Path(word.removeprefix("--nanogpt=")).resolve()
@@ -353,14 +468,19 @@ def main(argv):
             parts.append(word)
         elif word == "--tiny":
             tiny = True
+        elif word == "--csv":
+            keep = True
         else:
             raise InputError(
                 f"speed {word}: unknown; choose from {', '.join(PARTS)}, or name none to run all; "
-                "--nanogpt=FOLDER is a clone of nanoGPT"
+                "--nanogpt=FOLDER is a clone of nanoGPT; --csv keeps the figures"
             )
     print_versions()
+    described = hardware() if keep else ""
     for part in parts or PARTS:
         if part in BESIDE_NANOGPT:
-            PARTS[part](nanogpt, tiny)
+            found = PARTS[part](nanogpt, tiny)
         else:
-            PARTS[part](tiny)
+            found = PARTS[part](tiny)
+        if keep:
+            write_csv(part, described, found)

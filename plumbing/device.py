@@ -149,10 +149,10 @@ def keep_freed_memory():
     Have glibc keep the memory of freed tensors and use it again. As it is, it gives large ones back
     to the system, whose fresh pages cost each training step time: see docs/speed.md.
     """
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3   # as malloc.h has them
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4   # as malloc.h has them
     try:
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
     except (OSError, AttributeError, TypeError):   # not Linux with glibc
         pass

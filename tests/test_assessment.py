@@ -1,5 +1,6 @@
 """The assessment: its commands explain themselves, and its formulas are what the model does."""
 
+import re
 import subprocess
 import sys
 
@@ -8,12 +9,13 @@ import torch
 from helpers import HERE, fails
 
 from assessment import __main__ as assessment
-from assessment import plots, runs
+from assessment import figures, plots, runs
 from assessment.cost import cache_bytes, fill
 from model import GPTConfig
 from test_model import MIXED_WINDOWS, W, every_variant, tiny
 
-PICTURES = ["cost.png", "gqa.png", "rope.png", "together.png", "windows.png"]
+PAGE = HERE / "assessment" / "README.md"
+PICTURES = [f"{draw.__name__.removeprefix('draw_')}.png" for draw in plots.PICTURES]
 
 
 def test_python_m_assessment_lists_its_commands():
@@ -29,9 +31,10 @@ def test_python_m_assessment_lists_its_commands():
     (["price"], "^error: unknown command 'price': .*cost.*speed.*claims.*plots"),
     (["cost", "attenton"], "^error: cost attenton"),
     (["speed", "decoding"], "^error: .*decoding"),
-    (["claims", "ropes"], "^error: claims ropes: .*rope"),
+    (["claims", "ropes"], "^error: claims ropes: .*rates"),
+    (["figures", "all"], "^error: figures"),
     (["plots", "cost"], "^error: plots"),
-], ids=["command", "of cost", "of speed", "of claims", "of plots"])
+], ids=["command", "of cost", "of speed", "of claims", "of figures", "of plots"])
 def test_unknown_command_or_part_is_one_clear_line(argv, match):
     fails(assessment, *argv, match=match)
 
@@ -69,15 +72,70 @@ def test_filled_cache_continues_as_a_read_one_does():
         model(torch.tensor([[1, 2]]), cache=fill(model, 31))
 
 
-def test_plots_draws_every_picture_from_the_results(tmp_path, monkeypatch, capsys):
+def draw_all(folder, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(plots, "HERE", tmp_path)
+    monkeypatch.setattr(plots, "HERE", folder)
     assessment.main(["plots"])
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == PICTURES
+
+
+def test_plots_draws_every_picture_from_the_results(tmp_path, monkeypatch):
+    draw_all(tmp_path, monkeypatch)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == sorted(PICTURES)
+    assert sorted(path.name for path in PAGE.parent.glob("*.png")) == sorted(PICTURES)
     for name in PICTURES:
-        assert (HERE / "assessment" / name).is_file(), name
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG"), name
-    assert "mean over the seeds" in capsys.readouterr().out
+        assert f"]({name})" in PAGE.read_text(encoding="utf-8"), name
+
+
+@pytest.mark.slow
+def test_pictures_are_those_of_the_results_byte_for_byte(tmp_path, monkeypatch):
+    draw_all(tmp_path, monkeypatch)
+    for name in PICTURES:
+        assert (tmp_path / name).read_bytes() == (PAGE.parent / name).read_bytes(), name
+
+
+# ------------------------------------------------------------------------------------------------
+# The page
+
+def test_every_figure_in_the_pages_is_that_of_the_results():
+    assert figures.differences() == []
+
+
+@pytest.mark.parametrize("old, new", [
+    (r"(?<=<!-- table: scoreboard -->\n\n)\|", "| changed |"),
+    (r"(?<=\n\*\*In short\.\*\* )", "It is 7.77 times as good. "),
+], ids=["in a table", "in a sentence"])
+def test_figure_that_is_not_of_the_results_is_found(old, new, tmp_path, monkeypatch):
+    page = tmp_path / "README.md"
+    page.write_text(re.sub(old, new, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    monkeypatch.setattr(figures, "ASSESSMENT", page)
+    assert len(figures.differences()) == 1
+    fails(assessment, "figures", match="differ from results")
+
+
+def test_scoreboard_answers_ten_questions_for_each_variant_on_the_first_screen():
+    first_screen = PAGE.read_text(encoding="utf-8").splitlines()[:25]
+    table = [line for line in first_screen if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert cells[0][1:] == ["gpt2", "rope", "gqa", "swa", "all three"]
+    assert len(cells) == 2 + 10
+    for question, *answers in cells[2:]:
+        assert question.startswith("[") and len(answers) == 5 and all(answers), question
+
+
+def test_page_has_at_most_2500_words():
+    words = PAGE.read_text(encoding="utf-8").split()
+    assert len([word for word in words if any(map(str.isalnum, word))]) <= 2500
+
+
+def test_every_test_that_the_page_names_exists():
+    names = set(re.findall(r"`(test_\w+)`", PAGE.read_text(encoding="utf-8")))
+    sources = [HERE / "test_model.py", *HERE.glob("tests/test_*.py")]
+    defined = "".join(path.read_text(encoding="utf-8") for path in sources)
+    assert len(names) > 10
+    for name in names:
+        assert f"def {name}(" in defined, name
+
+
 
 
 HEADER = "step,tokens,train_loss,val_loss,lr,grad_norm,tokens_per_s,elapsed_s\n"

@@ -1,0 +1,215 @@
+"""
+Small models: how the experiments of claims.py train one, and what they look up in it afterwards.
+"""
+
+import csv
+import io
+import math
+import random
+import statistics
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import train
+from assessment.measure import RESULTS, ROOT
+from assessment.stretch import METHODS, stretched
+from assessment.writing import figures, texts_of, words_of
+from model import GPT
+from plumbing.checkpoints import load_checkpoint
+from plumbing.errors import InputError
+from plumbing.token_files import Data, load_meta
+from plumbing.tokenizer import Tokenizer
+
+# 2,048 tokens per step; 480 sequences of 128 tokens per evaluation
+SMALL = [
+    str(ROOT / "config" / "shakespeare.py"), "--device=cpu",
+    "--n_layer=4", "--n_head=8", "--n_embd=128", "--block_size=128", "--dropout=0",
+    "--batch_size=16", "--micro_batch_size=16", "--max_iters=300",
+    "--optimizer=muon", "--learning_rate=1.5e-2", "--warmup_iters=40",
+    "--eval_interval=100", "--eval_iters=30", "--log_interval=50",
+]
+TRAINED = 128   # tokens in a training sequence, unless a part says otherwise
+LENGTHS = (128, 256, 512, 1024)   # tokens read at once by models trained on 128
+
+
+def train_quietly(out, flags):
+    """train.py into the folder out -> {step: (validation loss, seconds of training until then)}"""
+    flags = [*SMALL, *flags, f"--out_dir={out}"]
+    with redirect_stdout(io.StringIO()):
+        train.main(flags)
+    points = {}
+    seconds = 0.0
+    tokens = 0
+    with open(out / "metrics.csv", encoding="utf-8", newline="") as f:
+        for row in csv.DictReader(f):
+            if row["tokens_per_s"]:
+                seconds += (int(row["tokens"]) - tokens) / int(row["tokens_per_s"])
+                tokens = int(row["tokens"])
+            if row["val_loss"]:
+                points[int(row["step"])] = float(row["val_loss"]), seconds
+    if train.load_config(flags)[0].max_iters not in points:
+        raise InputError(f"{out.name} was stopped before its last step")
+    return points
+
+
+# ----------------------------------------------------------------------------------------------
+# What is looked up after a training, in the folder out -> rows of (measure, step, length, value)
+
+@torch.no_grad()
+def loss_at_length(out, data_name, T):
+    """
+    Validation loss on the last 64 of every 1,024 characters, read together with the T - 64 before
+    them: the same 64 for every T
+    """
+    longer = {"block_size": T} if T > TRAINED else {}
+    model = GPT.from_pretrained(out / "ckpt.pt", **longer)
+    folder = Path("data") / data_name
+    data = Data(folder, load_meta(folder), "val", max(LENGTHS), seed=0)
+    losses = []
+    for i in range(100):
+        x, y = data.sequences([i])
+        y[:, :-64] = -1
+        losses.append(model(x[:, -T:], y[:, -T:])[1].item())
+    return statistics.mean(losses)
+
+
+def at_other_lengths(job, out, flags):
+    """Texts longer than those of training, at once and after 30 steps on 512 tokens"""
+    rows = []
+    for method in METHODS:
+        for T in LENGTHS:
+            with stretched(method, T / TRAINED, TRAINED):
+                loss = loss_at_length(out, job.data, T)
+            rows.append((method, 300, T, loss))
+        further = Path(f"{out}-{method}")
+        s = 512 / TRAINED
+        with stretched(method, s, TRAINED):
+            train_quietly(further, [
+                *flags, f"--init_from={out / 'ckpt.pt'}", "--block_size=512", "--batch_size=4",
+                "--micro_batch_size=4", "--max_iters=30", "--eval_interval=30", "--eval_iters=1",
+                "--warmup_iters=0", "--learning_rate=5e-3"])
+        for T in LENGTHS:
+            with stretched(method, max(s, T / TRAINED), TRAINED):
+                loss = loss_at_length(further, job.data, T)
+            rows.append((method, 330, T, loss))
+    return rows
+
+
+REPEATED = (12, 24, 48)   # letters in a line of the recall text
+
+
+def line_of_letters(n, rng):
+    return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=n)) + "\n"
+
+
+def recall_text():
+    """Lines of 12, 24 or 48 random letters, each twice: the second can be known from the first."""
+    rng = random.Random(0)
+    lines = [line_of_letters(rng.choice(REPEATED), rng) for _ in range(42_000)]
+    return "".join(2 * line for line in lines)
+
+
+def recall_bounds(n=20_000, context=TRAINED):
+    """
+    The validation loss of a model that knows the shape of the recall text but no line from the one
+    before, and of one that knows every letter whose first copy stands in its context. Both are
+    told where lines begin and end; positions in the context are equally likely.
+    """
+    lines = recall_text().split("\n")[:n]
+    letters = sum(len(line) for line in lines)
+    tokens = letters + len(lines)
+    unknown = 0.0
+    for first, second in zip(lines[::2], lines[1::2], strict=True):
+        # The letter after token p of the context was said at p - len(first).
+        unknown += len(first) + len(second) * min(1, len(first) / context)
+    return math.log(26) * letters / tokens, math.log(26) * unknown / tokens
+
+
+@torch.no_grad()
+def recalled(job, out, flags):
+    """
+    Of the letters of a repeated line, from its second on, the share for which the model's likeliest
+    next letter is right. The length of a row is how far back the first copy stands.
+    """
+    model = GPT.from_pretrained(out / "ckpt.pt")
+    tokenizer = Tokenizer(model.tokenizer_spec)
+    rng = random.Random(1)
+    rows = []
+    for n in REPEATED:
+        texts = [2 * line_of_letters(n, rng) for _ in range(200)]
+        idx = torch.tensor([tokenizer.encode(text) for text in texts])
+        guesses = model(idx[:, :-1])[0].argmax(-1)
+        right = (guesses == idx[:, 1:])[:, n + 1:2 * n]   # these columns predict letters 2 to n
+        rows.append(("recall", 900, n + 1, right.float().mean().item()))
+    return rows
+
+
+def convert(source, target, how, n_kv_head):
+    """
+    Write the last checkpoint in source to target, with n_kv_head key/value heads: each is the mean
+    or the first of those it replaces, or random.
+    """
+    path = source / "ckpt.pt"
+    checkpoint = load_checkpoint(path)
+    multi_head = GPT.from_pretrained(path)
+    grouped = GPT.from_pretrained(path, use_gqa=True, n_kv_head=n_kv_head)   # the mean
+    H = multi_head.config.n_head
+    C = multi_head.config.n_embd
+    K = n_kv_head
+    D = C // H
+    for block, old_block in zip(grouped.h, multi_head.h, strict=True):
+        keys_values = block.attn.c_attn.weight.data[C:].view(2, K, D, C)
+        if how == "first":
+            old = old_block.attn.c_attn.weight.data[C:].view(2, K, H // K, D, C)
+            keys_values.copy_(old[:, :, 0])
+        if how == "random":
+            torch.nn.init.normal_(keys_values, std=0.02)
+    target.mkdir()
+    changed = {"model": grouped.state_dict(), "gpt_config": asdict(grouped.config)}
+    torch.save(checkpoint | changed, target / "best.pt")
+
+
+CONVERTED = [(n, how) for n in (2, 1) for how in ("mean", "first")]
+UPTRAINING = ["--max_iters=150", "--eval_interval=15", "--warmup_iters=0", "--learning_rate=5e-3",
+              "--min_lr=5e-3"]
+
+
+def uptrained(job, out, flags):
+    """A multi-head model converted to fewer heads, and trained for up to half as many steps more"""
+    if job.variant != "8 heads":
+        return []
+    rows = []
+
+    def train_from(path, measure, *heads):
+        target = Path(f"{out}-{measure}".replace(" ", "_"))
+        points = train_quietly(target, [*flags, f"--init_from={path}", *heads, *UPTRAINING])
+        for step in (0, 15, 30, 75, 150):
+            rows.append((measure, step, TRAINED, points[step][0]))
+
+    for n, how in CONVERTED:
+        source = Path(f"{out}-{how}-{n}")
+        convert(out, source, how, n)
+        train_from(source / "best.pt", f"{how} of {8 // n}", "--use_gqa", f"--n_kv_head={n}")
+    train_from(out / "ckpt.pt", "not converted")
+    return rows
+
+
+def written(job, out, flags):
+    """The quality of generated text; three texts to read go into results/text-*.txt"""
+    text = Path("data", job.data, "input.txt").read_text(encoding="utf-8")
+    cut = int(0.9 * len(text))
+    known = set(words_of(text[:cut]))
+    texts = texts_of(out, text[cut:], job.seed)
+    rows = [(name, 900, 0, value) for name, value in figures(texts, known).items()]
+    if job.variant == "gpt2":
+        held_out = text[cut:]
+        places = range(0, len(held_out) - 240, len(held_out) // len(texts))
+        human = figures([held_out[place:place + 240] for place in places], known)
+        rows += [(f"{name}, Shakespeare", 0, 0, value) for name, value in human.items()]
+    RESULTS.mkdir(exist_ok=True)
+    Path(RESULTS, f"text-{job.variant}-{job.seed}.txt").write_text(
+        "\n----\n".join(texts[:3]) + "\n", encoding="utf-8", newline="\n")
+    return rows

@@ -1,0 +1,188 @@
+"""The claims of the assessment: what they compute beyond train.py, and how runs are kept."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TINY, fails
+
+import assessment.__main__
+import train
+from assessment import claims, figures, measure, small_models
+from assessment.stretch import METHODS, frequencies, scores_and_mask, stretched, turn
+from assessment.writing import figures as figures_of
+from model import GPT, GPTConfig
+
+SHAPE = {"block_size": 64, "vocab_size": 17, "n_layer": 2, "n_head": 2, "n_embd": 32}
+
+
+def rotary(**switches):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SHAPE, use_rope=True, use_gqa=True, n_kv_head=1, **switches)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+IDX = torch.randint(17, (2, 64), generator=torch.Generator().manual_seed(0))
+
+
+def logits_of(model, method=None, s=4.0, trained=16):
+    with torch.no_grad():
+        if method is None:
+            return model(IDX)[0]
+        with stretched(method, s, trained):
+            return model(IDX)[0]
+
+
+def test_plain_is_the_attention_of_the_model_and_a_window_its_window():
+    model = rotary()
+    assert torch.allclose(logits_of(model, "plain"), logits_of(model), atol=1e-5)
+    windowed = rotary(use_swa=True, window_size=16)
+    assert torch.allclose(logits_of(model, "window"), logits_of(windowed), atol=1e-5)
+    assert torch.equal(logits_of(model), logits_of(rotary()))   # nothing is left behind
+
+
+def test_interpolation_divides_positions_and_ntk_is_another_theta():
+    D, theta, s = 16, 10_000.0, 4.0
+    plain = frequencies("plain", D, theta, s, 128)
+    assert torch.allclose(frequencies("interpolation", D, theta, s, 128), plain / s)
+    ntk = frequencies("ntk", D, theta, s, 128)
+    assert ntk[0] == plain[0] == 1
+    assert torch.allclose(ntk[-1], plain[-1] / s)
+
+
+def test_yarn_keeps_fast_pairs_and_divides_slow_ones():
+    D, theta, s, trained = 128, 10_000.0, 4.0, 2048
+    plain, yarn = (frequencies(method, D, theta, s, trained) for method in ("plain", "yarn"))
+    turns = trained * plain / (2 * math.pi)
+    assert torch.equal(yarn[turns >= 32], plain[turns >= 32])
+    assert torch.allclose(yarn[turns <= 1], plain[turns <= 1] / s)
+    between = (turns > 1) & (turns < 32)
+    assert ((yarn < plain) & (yarn > plain / s))[between].all() and between.any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_within_the_trained_length_nothing_changes(method):
+    model = rotary()
+    assert torch.allclose(logits_of(model, method, s=1.0, trained=64), logits_of(model), atol=1e-5)
+
+
+@pytest.mark.parametrize("s", [1.0, 4.0])
+def test_yarn_multiplies_the_scores_by_the_square_of_its_factor(s):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 2, 8, 16)
+    pos = torch.arange(8)
+    scores, _ = scores_and_mask(q, k, pos, "yarn", 10_000.0, s, 128)
+    freq = frequencies("yarn", 16, 10_000.0, s, 128)
+    plain = turn(q, pos, freq) @ turn(k, pos, freq).mT / 4
+    assert torch.allclose(scores, plain * (0.1 * math.log(s) + 1) ** 2)
+
+
+def test_sinks_stand_at_the_windows_far_end_wherever_the_query_is():
+    q, k = torch.randn(16).expand(1, 1, 64, 16), torch.randn(16).expand(1, 1, 64, 16)
+    pos = torch.arange(64)
+    scores, mask = scores_and_mask(q, k, pos, "sinks", 10_000.0, 4.0, 16)
+    assert torch.allclose(scores[0, 0, 20:, :4], scores[0, 0, 15, :4].expand(44, 4), atol=1e-4)
+    assert mask[63].nonzero().flatten().tolist() == [0, 1, 2, 3, *range(52, 64)]
+
+
+def test_a_run_can_be_trained_while_attention_is_stretched():
+    train.main([*TINY, "--use_rope", "--max_iters=1"])
+    with stretched("yarn", 4.0, 8):
+        train.main([*TINY, "--init_from=out", "--use_rope", "--max_iters=1", "--out_dir=new"])
+    assert Path("new/ckpt.pt").exists()
+
+
+def test_sinks_are_seen_from_everywhere():
+    model = rotary()
+    before = logits_of(model, "sinks")[:, -1]
+    changed = IDX.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % 17
+    with torch.no_grad(), stretched("sinks", 4.0, 16):
+        assert not torch.allclose(model(changed)[0][:, -1], before, atol=1e-4)
+    one_layer = GPT(GPTConfig(**SHAPE | {"n_layer": 1}, use_rope=True)).eval()
+    with torch.no_grad(), stretched("window", 4.0, 16):
+        a, b = one_layer(IDX)[0][:, -1], one_layer(changed)[0][:, -1]
+    assert torch.equal(a, b)   # without sinks, the first token is out of sight
+
+
+def test_figures_of_texts_by_hand():
+    found = figures_of(["x the cat the dog x", "x aaaa aaaa x"], {"the", "cat"})
+    assert found["repetition"] == pytest.approx(2 / 6)   # the second "the", the second "aaaa"
+    assert found["real words"] == pytest.approx(3 / 6)
+    fours = [text[i:i + 4] for text in ("x the cat the dog x", "x aaaa aaaa x")
+             for i in range(len(text) - 3)]
+    assert found["distinct-4"] == len(set(fours)) / len(fours)
+
+
+def test_a_word_is_repeated_if_it_is_one_of_the_ten_before_it():
+    between = " b c d e f g h i j"
+    assert figures_of([f"x a{between} a x"], set())["repetition"] == 1 / 11
+    assert figures_of([f"x a{between} k a x"], set())["repetition"] == 0
+
+
+def test_differences_are_paired_by_seed():
+    mean, half = figures.difference({1: 1.0, 2: 2.1, 3: 3.2}, {1: 0.5, 2: 1.5, 3: 2.5, 4: 9.0})
+    assert mean == pytest.approx(0.6)
+    assert half == pytest.approx(4.303 * 0.1 / math.sqrt(3))   # t for 95% and 2 degrees of freedom
+
+
+class Knowing:
+    """Instead of a model: it knows the next token, except in one column"""
+
+    def __init__(self, spec, size):
+        self.tokenizer_spec = spec
+        self.size = size
+        self.wrong = None   # the column, as a function of the length of a line
+
+    def __call__(self, idx):
+        n = (idx.shape[1] + 1) // 2 - 1
+        guess = torch.roll(idx, -1, dims=1)
+        if self.wrong:
+            guess[:, self.wrong(n)] = 0   # the line break
+        return torch.nn.functional.one_hot(guess, self.size), None
+
+
+def test_recall_counts_the_second_line_from_its_second_letter_on(monkeypatch):
+    text = "".join(sorted(set(small_models.recall_text()[:20_000])))
+    model = Knowing({"kind": "char", "chars": text}, len(text))
+    monkeypatch.setattr(GPT, "from_pretrained", lambda path: model)
+
+    def shares():
+        return [row[3] for row in small_models.recalled(None, Path("out"), [])]
+    assert shares() == [1.0, 1.0, 1.0]
+    for outside in (lambda n: n, lambda n: 2 * n):   # it predicts the first letter, the line break
+        model.wrong = outside
+        assert shares() == [1.0, 1.0, 1.0]
+    for inside in (lambda n: n + 1, lambda n: 2 * n - 1):
+        model.wrong = inside
+        assert shares() == pytest.approx([1 - 1 / (n - 1) for n in (12, 24, 48)])
+
+
+def test_finished_runs_are_kept_and_not_made_again(monkeypatch, capsys):
+    monkeypatch.setattr(claims, "RESULTS", Path("results"))
+    monkeypatch.setattr(measure, "RESULTS", Path("results"))
+    Path("results").mkdir()
+    made = []
+
+    def run(f, job, flags, dtype, folder):
+        made.append(job)
+        return [(*job, "loss", 300, 128, "1.5000"), (*job, dtype, 0, 128, "1.0000")]
+    monkeypatch.setattr(claims, "in_new_process", run)
+    monkeypatch.setattr(claims, "prepare_texts", lambda names, folder, recall: None)
+    assessment.__main__.main(["claims", "stretch"])
+    assert len(made) == 3
+    assessment.__main__.main(["claims", "stretch", "recall"])
+    assert len(made) == 3 + 18
+    assessment.__main__.main(["claims", "stretch", "recall"])   # names with commas came back
+    assert len(made) == 3 + 18
+    rows = measure.read_results("claims.csv")
+    assert figures.values_of(rows, "stretch", "rope") == {1: 1.5, 2: 1.5, 3: 1.5}
+    assert "18 runs to do" in capsys.readouterr().out
+
+
+def test_unknown_part_is_one_clear_line():
+    fails(assessment.__main__, "claims", "nothing", match="claims nothing: unknown part")
