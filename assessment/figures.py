@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from assessment.cost import VARIANTS, cache_bytes
-from assessment.measure import RESULTS, ROOT, read_results
+from assessment.measure import ROOT, read_results
 from assessment.small_models import LENGTHS, REPEATED
 from assessment.stretch import METHODS
 from model import GPT, GPTConfig
@@ -25,6 +25,7 @@ NAMES = {"gpt2": "gpt2", "rope": "rope", "gqa": "gqa", "swa": "swa", "modern": "
 # Numbers in sentences that no table of ours holds, and where they come from
 CITED = {
     "2.13": "the version of torch",
+    "0.8": "the temperature, and millions of parameters",
     "2.759": "EleutherAI's blog on rotary embeddings, 125M parameters",
     "2.809": "the same, learned positions",
     "1.24": "Longformer, table 4, shrinking windows",
@@ -223,7 +224,8 @@ def rates():
 def adamw():
     rows = {}
     for name in ("gpt2", "rope"):
-        cells = [f"{mean_of(claims('rates', f'{name} adamw {rate}')):.3f}" for rate in ADAMW_RATES]
+        means = [mean_of(claims("rates", f"{name} adamw {rate}")) for rate in ADAMW_RATES]
+        cells = [f"{mean:.3f}" for mean in means]
         rate, losses = best_rate(name, "adamw")
         cells[ADAMW_RATES.index(rate)] = f"**{cells[ADAMW_RATES.index(rate)]}**"
         compared = "" if name == "gpt2" else against(losses, best_rate("gpt2", "adamw")[1])
@@ -337,16 +339,10 @@ def text():
             if name != "gpt2":
                 cell += f" ({against(values, base[measure], spec='.1f')})"
             cells.append(cell)
-        rows[title] = [*cells, sample_of(name)]
+        rows[title] = cells
     human = [percent(claims("text", "gpt2", f"{measure}, Shakespeare")) for measure in measures]
-    rows["Shakespeare"] = [*(f"{mean_of(values):.1f}%" for values in human), ""]
-    return [*measures, "a sample, as it comes"], rows
-
-
-def sample_of(variant):
-    """The first 60 characters of the first text of seed 1"""
-    text = Path(RESULTS, f"text-{variant}-1.txt").read_text(encoding="utf-8")
-    return f"`{text[:60].replace(chr(10), ' / ')}`"
+    rows["Shakespeare"] = [f"{mean_of(values):.1f}%" for values in human]
+    return measures, rows
 
 
 def speed():
@@ -402,7 +398,10 @@ def markdown(columns, rows):
 def renewed(page):
     """The text of a page, each table as the CSV files have it"""
     tables = {table.__name__: table for table in TABLES}
-    return MARKED.sub(lambda found: f"{found[1]}\n{markdown(*tables[found[2]]())}\n{found[3]}", page)
+    
+    def fill(found):
+        return f"{found[1]}\n{markdown(*tables[found[2]]())}\n{found[3]}"
+    return MARKED.sub(fill, page)
 
 
 def strangers(page):
