@@ -12,6 +12,7 @@ what was there, and `git restore` brings that back, for the next exercise.
 """
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -351,6 +352,9 @@ def main(argv):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:   # `head`, for example, has seen enough
+        os._exit(0)
     except NoGit as e:
         sys.exit("error: git is needed to keep the code that you replace; clone the project "
                  f"instead of downloading its files. It says: {' '.join(str(e).split())}")

@@ -29,13 +29,15 @@ KEYS = {   # of a checkpoint, with the types of their values
     "step": int,             # optimizer steps done
     "best_val_loss": float,
     "tokenizer": dict,       # a tokenizer_spec, see tokenizer.py
-    # and, since November 2026, source_sha256: of the text that the dataset was prepared from
+    # and source_sha256, of the text that the dataset was prepared from; not in older ones
 }
 
 
 def save_checkpoint(path, model, optimizers, train_config, step, best_val_loss, meta):
     """
-    meta: the dataset's, see token_files.py; its tokenizer and the hash of its source are kept.
+    Write the state of a run. meta is the dataset's, see token_files.py: its tokenizer and the hash
+    of its source are kept.
+
     Every rank must call this, because sharded tensors are gathered from all of them; rank 0 writes.
     The file changes completely or not at all. Raises InputError if it cannot be written.
     """
@@ -195,10 +197,11 @@ def restore(run, checkpoint, path):
             f"{path} was trained with optimizer={optimizer}, whose state {run.c.optimizer} cannot "
             f"use: --optimizer={optimizer} continues the run"
         )
-    began_with = checkpoint.get("source_sha256")
-    if isinstance(began_with, str) and began_with != run.meta.get("source_sha256"):
+    same_dataset = checkpoint["train_config"].get("dataset") == run.c.dataset
+    source = checkpoint.get("source_sha256")
+    if same_dataset and isinstance(source, str) and source != run.meta.get("source_sha256"):
         raise InputError(
-            f"{path} was trained on another text than data/{run.c.dataset} is now prepared from: "
+            f"{path} was trained on a different text from the one now in data/{run.c.dataset}: "
             f"prepare that text again, or --init_from={path} and another --out_dir start a new run"
         )
     restore_optimizers(run.optimizers, run.model, checkpoint["optimizer"], path)

@@ -124,11 +124,13 @@ def pieces(response):
         return
     size = 1
     start = time.monotonic()
-    while piece := next(response.iter_content(size), b""):
+    while piece := next(response.iter_content(size), b""):   # goes on where the last one stopped
+        if time.monotonic() - start < 0.5:
+            size = min(2 * size, 1 << 16)
+        else:
+            size = max(size // 2, 1)
         yield piece
-        now = time.monotonic()
-        size = min(2 * size, 1 << 16) if now - start < 0.5 else max(size // 2, 1)
-        start = now
+        start = time.monotonic()
 
 
 def holds_dictionary(path):

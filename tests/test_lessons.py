@@ -468,3 +468,13 @@ def test_a_DistributedDataParallel_of_ones_own_passes(tmp_path):
         assert re.search(r"ddp +solved", run(copy)[1])
         subprocess.run(["git", "restore", "."], cwd=copy, check=True)
     assert "class Replicas" in read(copy / "lessons/answers/ddp.py")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a broken pipe is another error there")
+def test_list_of_exercises_may_be_cut_off_by_its_reader():
+    process = subprocess.Popen([sys.executable, "lessons/exercises.py"], cwd=HERE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+    process.stderr.close()

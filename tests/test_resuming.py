@@ -89,10 +89,13 @@ def test_resuming_on_another_text_is_refused():
     other = Path("other.txt")
     other.write_text(text.read_text(encoding="utf-8")[::-1], encoding="utf-8", newline="")
     prepare_text(Path("data/tiny"), [other], "char")
-    fails(train, *TINY, "--init_from=auto", match="was trained on another text than data/tiny")
+    fails(train, *TINY, "--init_from=auto", match="trained on a different text from the one now")
     assert checkpoint()["step"] == 6
     prepare_text(Path("data/tiny"), [text], "char")
-    train.main([*TINY, "--init_from=auto"])
+    train.main([*TINY, "--init_from=auto", "--max_iters=9"])
+    assert checkpoint()["step"] == 9
+    prepare_text(Path("data/other"), [other], "char")
+    train.main([*TINY, "--init_from=auto", "--dataset=other"])   # as asked
     assert checkpoint()["step"] == 12
 
 
