@@ -281,7 +281,7 @@ def cut_at_space(rest, text):
     """
     for i in range(len(text) - 1, -1, -1):
         before = text[i - 1] if i > 0 else rest[-1:]
-        if text[i] in " \n\r\t" and before and not before.isspace():
+        if text[i] in " \n\r\t" and not before.isspace():
             return rest + text[:i], text[i:]
     return "", rest + text
 

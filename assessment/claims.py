@@ -7,7 +7,7 @@ import csv
 import io
 import itertools
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +40,8 @@ COLUMNS = ("part", "data", "variant", "seed", "measure", "step", "length", "valu
 ROPE = ["--use_rope"]
 GQA = ["--use_gqa", "--n_kv_head=2"]
 SWA = ["--use_swa", "--window_size=32"]
+RATES = ("5e-3", "1e-2", "1.5e-2", "2e-2", "3e-2")   # with Muon
+ADAMW_RATES = ("2e-3", "4e-3", "8e-3")
 VARIANTS = {"gpt2": [], "rope": ROPE, "gqa": GQA, "swa": SWA, "modern": ROPE + GQA + SWA}
 
 
@@ -66,9 +68,9 @@ def rates():
     """Each variant at several learning rates, and two of them with AdamW"""
     found = {}
     for name, switches in VARIANTS.items():
-        for rate in ("5e-3", "1e-2", "1.5e-2", "2e-2"):
+        for rate in RATES:
             found[f"{name} muon {rate}"] = [*switches, f"--learning_rate={rate}"]
-    for name, rate in itertools.product(("gpt2", "rope"), ("2e-3", "4e-3")):
+    for name, rate in itertools.product(("gpt2", "rope"), ADAMW_RATES):
         adamw = ["--optimizer=adamw", f"--learning_rate={rate}"]
         found[f"{name} adamw {rate}"] = VARIANTS[name] + adamw
     return found
@@ -91,12 +93,14 @@ WINDOWS = {
 }
 HEADS = {f"{n} heads": [] if n == 8 else ["--use_gqa", f"--n_kv_head={n}"] for n in (8, 4, 2, 1)}
 RECALLING = {
-    "learned positions": [],
+    "gpt2": [],
     "rope": ROPE,
+    "gqa": GQA,
+    "swa": SWA,
+    "modern": ROPE + GQA + SWA,
     "rope, window 16": [*ROPE, "--use_swa", "--window_size=16"],
     "rope, window 4 and full": [*ROPE, "--use_swa", "--window_size=(4,0,4,0)"],
     "rope, 1 of 8 heads": [*ROPE, "--use_gqa", "--n_kv_head=1"],
-    "all three": ROPE + GQA + SWA,
 }
 LONG = ("--block_size=1024", "--batch_size=2", "--micro_batch_size=2")
 PARTS = {
@@ -170,22 +174,29 @@ def run_all(jobs, results, dtype, folder):
         try:
             futures = {}
             for job, flags in jobs.items():
-                futures[job] = pool.submit(in_new_process, rows_of_job, job, flags, dtype, folder)
-            for i, (job, future) in enumerate(futures.items(), 1):
-                results[job] = future.result()
+                future = pool.submit(in_new_process, rows_of_job, job, flags, dtype, folder)
+                futures[future] = job
+            for i, future in enumerate(as_completed(futures), 1):
+                job = futures[future]
+                name = f"{i} of {len(jobs)}: {' '.join(map(str, job))}"
+                try:
+                    results[job] = future.result()
+                except InputError as e:   # a loss that is not finite, for example
+                    print(f"{name}: {e}")
+                    continue
                 write_rows(results)
                 losses = [float(row[-1]) for row in results[job] if row[4] == "loss"]
-                print(f"{i} of {len(jobs)}: {' '.join(map(str, job))}: {losses[-1]:.4f}")
+                print(f"{name}: {losses[-1]:.4f}")
         finally:
             pool.shutdown(cancel_futures=True)   # Ctrl-C reaches the jobs under way, too
 
 
-def prepare_texts(names, folder, recall):
-    """recall: the text of the dataset of that name, which is made anew each time"""
+def prepare_texts(names, folder):
+    """The text of recall is made anew each time, in folder."""
     for name in names:
         if name == "recall":
             text = Path(folder, "recall.txt")
-            text.write_text(recall, encoding="utf-8", newline="\n")
+            text.write_text(recall_text(), encoding="utf-8", newline="\n")
             prepare_text(Path("data/recall"), [text], "char")
         elif not Path("data", name, "meta.json").exists():
             prepare(name)
@@ -196,7 +207,7 @@ def main(argv):
     for name in argv:
         if name not in PARTS:
             raise InputError(f"claims {name}: unknown part; choose from {', '.join(PARTS)}, "
-                             "or name none to run all")
+                             "or name no part to run all")
     print_versions()
     cpu_only()
     _, bf16, line = machine()
@@ -209,5 +220,5 @@ def main(argv):
     print(f"{len(jobs)} runs to do; to make finished ones again, remove their rows from "
           f"{RESULTS / 'claims.csv'}")
     with tempfile.TemporaryDirectory() as folder:
-        prepare_texts(sorted({job.data for job in jobs}), folder, recall_text())
+        prepare_texts(sorted({job.data for job in jobs}), folder)
         run_all(jobs, results, dtype, folder)

@@ -9,6 +9,7 @@ import torch
 import train
 from assessment.measure import (
     RESULTS,
+    Apart,
     added_mb,
     cpu_only,
     hardware,
@@ -19,12 +20,12 @@ from assessment.measure import (
     print_versions,
     spread,
     step_after_first,
+    step_as_trained,
     times,
     times_as_fast,
-    training_step,
 )
 from model import GPT, GPTConfig, attend, attend_in_blocks, attend_with_flash, flash_fits, visible
-from plumbing.device import disable_cudnn_attention, keep_freed_memory
+from plumbing.device import disable_cudnn_attention
 from plumbing.errors import InputError
 
 WINDOW = 256
@@ -104,9 +105,7 @@ def print_formulas(configs):
 
 def measure_training(configs, T, device, bf16):
     """A training step of one sequence: seconds, and MB above parameters and optimizer state"""
-    if device.type == "cpu":
-        keep_freed_memory()   # as train.py does
-    steps = {name: training_step(GPT(c), 1, T, device, bf16) for name, c in configs.items()}
+    steps = {name: Apart(step_as_trained, c, 1, T, device, bf16) for name, c in configs.items()}
     seconds = times(steps, repeat=5)
     memory = {}
     for name, config in configs.items():

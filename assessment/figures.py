@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from assessment.claims import ADAMW_RATES, PARTS, RATES
 from assessment.cost import VARIANTS, cache_bytes
 from assessment.measure import ROOT, read_results
 from assessment.small_models import LENGTHS, REPEATED
@@ -56,15 +57,17 @@ def values_of(rows, part, variant, measure="loss", step=None, length=None):
 
 def difference(new, old):
     """{seed: value} twice -> mean of new - old over the seeds, and half of its 95% interval"""
-    differences = [new[seed] - old[seed] for seed in sorted(new.keys() & old.keys())]
+    if new.keys() != old.keys():
+        raise InputError(f"claims.csv: seeds {sorted(new)} cannot be paired with {sorted(old)}")
+    differences = [new[seed] - old[seed] for seed in new]
     n = len(differences)
     half = T_95[n - 1] * statistics.stdev(differences) / n ** 0.5
     return statistics.mean(differences), half
 
 
-def in_words(mean, half, spec=".3f", unit=""):
+def in_words(mean, half, spec=".3f"):
     """'-0.139 ± 0.016', with a warning if the interval holds 0"""
-    text = f"{mean:+{spec}} ± {half:{spec}}{unit}"
+    text = f"{mean:+{spec}} ± {half:{spec}}"
     return f"{text}, not resolved" if abs(mean) <= half else text
 
 
@@ -89,7 +92,7 @@ def claims(*args, **kwargs):
 
 
 def ratio(what, variant, T):
-    """Of gpt2's seconds to the variant's, or for memory the other way round; from variants.csv"""
+    """gpt2's seconds / the variant's; for memory, the variant's MB / gpt2's. From variants.csv"""
     found = {row["variant"]: float(row["median"]) for row in rows_of("variants.csv")
              if (row["what"], row["T"]) == (what, str(T))}
     return found[variant] / found["gpt2"] if what == "memory" else found["gpt2"] / found[variant]
@@ -112,19 +115,15 @@ def sizes():
 
 def best_rate(variant, optimizer="muon"):
     """The learning rate with the lowest mean loss, and {seed: loss} there"""
-    start = f"{variant} {optimizer} "
-    names = {row["variant"] for row in rows_of("claims.csv")
-             if row["part"] == "rates" and row["variant"].startswith(start)}
-    losses = {name.removeprefix(start): claims("rates", name) for name in names}
-    rate = min(losses, key=lambda rate: mean_of(losses[rate]))
+    tried = RATES if optimizer == "muon" else ADAMW_RATES
+    losses = {rate: claims("rates", f"{variant} {optimizer} {rate}") for rate in tried}
+    rate = min(tried, key=lambda rate: mean_of(losses[rate]))
     return rate, losses[rate]
 
 
 def scoreboard():
     size = sizes()
     _, base_loss = best_rate("gpt2")
-    recall = {"gpt2": "learned positions", "rope": "rope", "gqa": "rope, 1 of 8 heads",
-              "swa": "rope, window 16", "modern": "all three"}
     rows = {}
 
     def row(title, anchor, cells):
@@ -150,7 +149,7 @@ def scoreboard():
         compared(lambda v: percent(claims("text", v, "real words")),
                  f"{mean_of(percent(claims('text', 'gpt2', 'real words'))):.1f}%", spec=".1f"))
     row("Long range: recalls 25 back", "long-range",
-        each(lambda v: f"{mean_of(recalled(recall[v], 25)):.0f}%"))
+        each(lambda v: f"{mean_of(recalled(v, 25)):.0f}%"))
     row("Pitfall", "challenges-and-pitfalls", PITFALLS)
     row("Challenge", "challenges-and-pitfalls", CHALLENGES)
     return NAMES.values(), rows
@@ -206,8 +205,6 @@ def attention():
     return columns, rows
 
 
-RATES = ("5e-3", "1e-2", "1.5e-2", "2e-2")
-ADAMW_RATES = ("2e-3", "4e-3")
 
 
 def rates():
@@ -275,13 +272,13 @@ def stretch():
 
 def recall():
     rows = {}
-    for variant in ("learned positions", "rope", "rope, 1 of 8 heads", "rope, window 16",
-                    "rope, window 4 and full", "all three"):
+    for variant in PARTS["recall"].variants:
         cells = []
         for n in REPEATED:
             shares = recalled(variant, n + 1).values()
             cells.append(f"{statistics.mean(shares):.0f}% ({min(shares):.0f} to {max(shares):.0f})")
-        rows[variant] = [*cells, f"{mean_of(claims('recall', variant)):.3f}"]
+        title = NAMES.get(variant, variant)
+        rows[title] = [*cells, f"{mean_of(claims('recall', variant)):.3f}"]
     return [f"{n + 1} back" for n in REPEATED] + ["loss"], rows
 
 
@@ -359,8 +356,7 @@ def speed():
         better = values[0] / values[1] if ours["unit"] == "tokens/s" else values[1] / values[0]
         cells = []
         for name, row in list(runs.items())[:2]:
-            numbers = [f"{float(row[column]):,.4g}" for column in ("median", "low", "high")]
-            cells.append(f"{name}: {numbers[0]} {row['unit']} ({numbers[1]} to {numbers[2]})")
+            cells.append(f"{name.split()[0]}: {float(row['median']):,.4g} {row['unit']}")
         rows[work] = [*cells, f"{better:.2f}"]
     return ["", "beside", "times as good"], rows
 
@@ -426,11 +422,17 @@ def in_lessons():
 def differences():
     """A line for every figure in the pages that is not as in the CSV files"""
     found = []
+    marked = []
     for page in (ROOT / "README.md", ASSESSMENT):
         text = page.read_text(encoding="utf-8")
         for old, new in zip(MARKED.finditer(text), MARKED.finditer(renewed(text)), strict=True):
+            marked.append(old[2])
             if old[0] != new[0]:
                 found.append(f"{page.name}: table {old[2]}")
+    for table in TABLES:
+        times = marked.count(table.__name__)
+        if times != 1:
+            found.append(f"table {table.__name__} stands {times} times in the pages")
     for number in strangers(ASSESSMENT.read_text(encoding="utf-8")):
         found.append(f"{ASSESSMENT.name}: {number} stands in no table")
     for name, words in in_lessons().items():

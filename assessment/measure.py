@@ -20,7 +20,7 @@ import torch
 
 import train
 from model import GPT, GPTConfig
-from plumbing.device import choose_attention_kernels, choose_device
+from plumbing.device import choose_attention_kernels, choose_device, keep_freed_memory
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -234,6 +234,13 @@ def training_step(model, B, T, device, bf16):
     compile_on_cuda(model, device)
     optimizers = train.make_optimizers(model, train.TrainConfig(), device)
     return step_function(model, optimizers, B, T, device, bf16)
+
+
+def step_as_trained(config, B, T, device, bf16):
+    """The same, with the setting for memory that train.py makes: for a process of its own"""
+    if device.type == "cpu":
+        keep_freed_memory()
+    return training_step(GPT(config), B, T, device, bf16)
 
 
 def nanogpt_step(model, B, T, device, bf16):

@@ -1,10 +1,11 @@
 """
-Draws assessment/*.png from results/*.csv. One idea per picture; a variant always has the same
-colour and the same marker, so that the pictures can also be read in grey.
+Draws assessment/*.png from results/*.csv. One idea per picture. A variant always has the same
+colour and the same marker; other curves borrow them. So the pictures can also be read in grey.
 """
 
+from assessment.claims import RATES
 from assessment.cost import VARIANTS, cache_bytes
-from assessment.figures import NAMES, RATES, claims, difference, mean_of, percent
+from assessment.figures import NAMES, claims, difference, mean_of, percent
 from assessment.measure import HERE, read_results
 from assessment.small_models import LENGTHS, REPEATED, recall_bounds
 from assessment.stretch import METHODS
@@ -66,14 +67,14 @@ def figure(title, *labels):
     return fig, *axes
 
 
-def line(ax, label, points, style, halves=None):
-    """A line through {x: y}, with bars of ± {x: half}"""
+def line(ax, label, points, style, halves=None, shift=0):
+    """A line through {x: y}, with bars of ± {x: half}; shifted, so that bars stay apart"""
     colour, marker, dashes = STYLE[style]
     xs = sorted(points)
     ax.errorbar(
-        xs, [points[x] for x in xs], halves and [halves[x] for x in xs], label=label,
-        color=colour, marker=marker, linestyle=dashes, markersize=4, capsize=2, linewidth=1.4,
-        elinewidth=0.8,
+        [x + shift for x in xs], [points[x] for x in xs], halves and [halves[x] for x in xs],
+        label=label, color=colour, marker=marker, linestyle=dashes, markersize=4, capsize=2,
+        linewidth=1.4, elinewidth=0.8,
     )
 
 
@@ -150,9 +151,7 @@ def draw_rates():
     def losses(name, i):
         return claims("rates", f"{name} muon {RATES[i]}")
     for i, (name, (means, halves)) in enumerate(differences(losses, range(len(RATES))).items()):
-        shifted = {place + 0.06 * (i - 1.5): mean for place, mean in means.items()}
-        halves = dict(zip(shifted, halves.values(), strict=True))
-        line(ax, NAMES[name], shifted, name, halves)
+        line(ax, NAMES[name], means, name, halves, shift=0.06 * (i - 1.5))
     ax.set_xticks(range(len(RATES)), RATES)
     ax.axhline(0, color=STYLE["gpt2"][0], linewidth=1)
     ax.legend(ncols=2)
@@ -165,11 +164,9 @@ def draw_convergence():
 
     def losses(name, step):
         return claims("text", name, step=step)
-    for i, (name, (means, halves)) in enumerate(
-            differences(losses, range(100, 901, 100)).items()):
-        shifted = {step + 8 * (i - 1.5): mean for step, mean in means.items()}
-        halves = dict(zip(shifted, halves.values(), strict=True))
-        line(ax, NAMES[name], shifted, name, halves)
+    leads = differences(losses, range(100, 901, 100))
+    for i, (name, (means, halves)) in enumerate(leads.items()):
+        line(ax, NAMES[name], means, name, halves, shift=8 * (i - 1.5))
     ax.axhline(0, color=STYLE["gpt2"][0], linewidth=1)
     ax.legend(ncols=2)
     save(fig, "convergence")
@@ -196,32 +193,26 @@ def draw_stretch():
     save(fig, "stretch")
 
 
-RECALLING = {
-    "learned positions": "gpt2", "rope": "rope", "rope, 1 of 8 heads": "gqa",
-    "rope, window 16": "swa", "all three": "modern", "rope, window 4 and full": "masked",
-}
-
-
 def draw_recall():
     fig, right, loss = figure(
         "Lines of random letters, each said twice: what is known of the second",
         ("how far back the first stands", "letters known, %"),
         ("step", "validation loss"),
     )
-    for variant, style in RECALLING.items():
+    for variant in VARIANTS:
         shares = {n + 1: mean_of(percent(claims("recall", variant, "recall", length=n + 1)))
                   for n in REPEATED}
-        line(right, variant, shares, style)
+        line(right, NAMES[variant], shares, variant)
         steps = {step: mean_of(claims("recall", variant, step=step))
                  for step in range(100, 901, 100)}
-        line(loss, variant, steps, style)
+        line(loss, NAMES[variant], steps, variant)
     right.set_ylim(0, 102)
     right.set_xticks([n + 1 for n in REPEATED])
     reference(right, 100 / 26, "a guess")
     guessing, knowing = recall_bounds()
     reference(loss, guessing, "no line known from the one before")
     reference(loss, knowing, "every line that can be known")
-    right.legend(loc="center left", fontsize=7)
+    loss.legend(loc="lower left", bbox_to_anchor=(0, 0.08), ncols=2, fontsize=7)
     save(fig, "recall")
 
 

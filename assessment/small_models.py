@@ -128,6 +128,19 @@ def recall_bounds(n=20_000, context=TRAINED):
     return math.log(26) * letters / tokens, math.log(26) * unknown / tokens
 
 
+def line_in_context(n, rng):
+    """
+    A line of n letters said twice, somewhere in 129 characters of such lines -> the text, and where
+    the second copy begins
+    """
+    lines = [2 * line_of_letters(rng.choice(REPEATED), rng) for _ in range(12)]
+    before, after = "".join(lines[:6]), "".join(lines[6:])   # each at least 129 long
+    pair = 2 * line_of_letters(n, rng)
+    begin = rng.randrange(TRAINED + 2 - len(pair))
+    text = before[len(before) - begin:] + pair + after
+    return text[:TRAINED + 1], begin + n + 1
+
+
 @torch.no_grad()
 def recalled(job, out, flags):
     """
@@ -137,20 +150,22 @@ def recalled(job, out, flags):
     model = GPT.from_pretrained(out / "ckpt.pt")
     tokenizer = Tokenizer(model.tokenizer_spec)
     rng = random.Random(1)
+    target = torch.arange(1, TRAINED + 1)   # the place in the text that each guess is for
     rows = []
     for n in REPEATED:
-        texts = [2 * line_of_letters(n, rng) for _ in range(200)]
+        texts, starts = zip(*(line_in_context(n, rng) for _ in range(200)), strict=True)
         idx = torch.tensor([tokenizer.encode(text) for text in texts])
-        guesses = model(idx[:, :-1])[0].argmax(-1)
-        right = (guesses == idx[:, 1:])[:, n + 1:2 * n]   # these columns predict letters 2 to n
-        rows.append(("recall", 900, n + 1, right.float().mean().item()))
+        start = torch.tensor(starts)[:, None]
+        right = model(idx[:, :-1], idx[:, 1:])[0].argmax(-1) == idx[:, 1:]
+        counts = (target > start) & (target < start + n)   # letters 2 to n
+        rows.append(("recall", 900, n + 1, right[counts].float().mean().item()))
     return rows
 
 
 def convert(source, target, how, n_kv_head):
     """
     Write the last checkpoint in source to target, with n_kv_head key/value heads: each is the mean
-    or the first of those it replaces, or random.
+    or the first of those it replaces.
     """
     path = source / "ckpt.pt"
     checkpoint = load_checkpoint(path)
@@ -165,8 +180,6 @@ def convert(source, target, how, n_kv_head):
         if how == "first":
             old = old_block.attn.c_attn.weight.data[C:].view(2, K, H // K, D, C)
             keys_values.copy_(old[:, :, 0])
-        if how == "random":
-            torch.nn.init.normal_(keys_values, std=0.02)
     target.mkdir()
     changed = {"model": grouped.state_dict(), "gpt_config": asdict(grouped.config)}
     torch.save(checkpoint | changed, target / "best.pt")

@@ -23,6 +23,7 @@ from assessment.measure import (
     Apart,
     added_mb,
     hardware,
+    in_new_process,
     machine,
     memory_speed,
     nanogpt_step,
@@ -31,12 +32,12 @@ from assessment.measure import (
     read_results,
     spread,
     step_after_first,
+    step_as_trained,
     times,
     times_as_fast,
-    training_step,
 )
 from model import GPT, GPTConfig
-from plumbing.device import disable_cudnn_attention, keep_freed_memory
+from plumbing.device import disable_cudnn_attention
 from plumbing.errors import InputError
 from plumbing.files import replacing
 from prepare_data import prepare, prepare_text
@@ -64,9 +65,7 @@ def nanogpt_model(folder, shape):
 
 
 def our_steps(shape, B, T, device, bf16, n):
-    if device.type == "cpu":
-        keep_freed_memory()   # as train.py does
-    return repeated(training_step(GPT(GPTConfig(**shape)), B, T, device, bf16), n)
+    return repeated(step_as_trained(GPTConfig(**shape), B, T, device, bf16), n)
 
 
 def nanogpts_steps(folder, shape, B, T, device, bf16, n):
@@ -109,9 +108,7 @@ def steps(nanogpt, tiny):
     memory = {}
     for name, config in configs.items():
         memory[name] = added_mb(step_after_first, config, T, device, bf16)
-    if device.type == "cpu":
-        keep_freed_memory()
-    runs = {name: training_step(GPT(c), 1, T, device, bf16) for name, c in configs.items()}
+    runs = {name: Apart(step_as_trained, c, 1, T, device, bf16) for name, c in configs.items()}
     taken = times(runs, repeat=3)
     print_times(taken, {name: f"{mb:,.0f} MB" for name, mb in memory.items()})
     found[f"GPT-2 124M, 1 x {T:,}"] = in_milliseconds(taken)
@@ -403,14 +400,17 @@ def products_per_second(dtype, n):
 
 def profile(tiny):
     """Where a training step's time goes, and the least that its matrix products could take"""
+    return in_new_process(profile_here, tiny)
+
+
+def profile_here(tiny):
     device, bf16, line = machine()
     print(line)
     if device.type != "cpu":
         raise InputError("speed profile is for CPUs")
-    keep_freed_memory()   # as train.py does
     B, T, _, shape = (2, 32, 1, TINY) if tiny else SHAPES["GPT-2 124M, 2 x 512"]
-    model = GPT(GPTConfig(**shape))
-    step = training_step(model, B, T, device, bf16)
+    config = GPTConfig(**shape)
+    step = step_as_trained(config, B, T, device, bf16)
     seconds = statistics.median(times({"step": step}, repeat=3)["step"])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step()
@@ -421,7 +421,8 @@ def profile(tiny):
     print(f"a training step of {B} x {T} tokens: {1e3 * seconds:,.1f} ms; under the profiler, ms:")
     for kind, ms in sorted(spent.items(), key=lambda item: -item[1]):
         print(f"  {kind:20} {ms:8,.1f}")
-    flops = B * T * model.flops_per_token(T)
+    with torch.device("meta"):
+        flops = B * T * GPT(config).flops_per_token(1)   # attention's products left out
     dtype = torch.bfloat16 if bf16 else torch.float32
     peak = products_per_second(dtype, 64 if tiny else 2048)
     print(f"its products are {flops / 1e9:,.0f} GFLOP, at {peak / 1e9:,.0f} GFLOP/s (2048 x 2048) "

@@ -3,13 +3,14 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import HERE, fails
 
 from assessment import __main__ as assessment
-from assessment import figures, plots, runs
+from assessment import figures, measure, plots, runs, speed
 from assessment.cost import cache_bytes, fill
 from model import GPTConfig
 from test_model import MIXED_WINDOWS, W, every_variant, tiny
@@ -37,6 +38,33 @@ def test_python_m_assessment_lists_its_commands():
 ], ids=["command", "of cost", "of speed", "of claims", "of figures", "of plots"])
 def test_unknown_command_or_part_is_one_clear_line(argv, match):
     fails(assessment, *argv, match=match)
+
+
+@pytest.mark.parametrize("operation, kind", [
+    ("aten::_log_softmax_backward_data", "loss"),
+    ("aten::_softmax_backward_data", "attention"),
+    ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
+    ("aten::addmm", "matrix products"),
+    ("aten::_fused_adamw_", "optimizer"),
+    ("aten::native_layer_norm_backward", "GELU and LayerNorm"),
+])
+def test_profile_counts_an_operation_once_under_its_kind(operation, kind):
+    assert speed.kind_of(operation) == kind
+
+
+def test_speed_keeps_its_figures_beside_those_of_other_parts(monkeypatch):
+    monkeypatch.setattr(measure, "RESULTS", Path("results"))
+    monkeypatch.setattr(speed, "RESULTS", Path("results"))
+    monkeypatch.setattr(speed, "hardware", lambda: "this machine")
+    monkeypatch.setattr(speed, "in_new_process", lambda f, *args: f(*args))
+    Path("results").mkdir()
+    speed.write_csv("decode", "another", {"decoding": {"plainGPT": ("ms", [3.0, 1.0, 2.0])}})
+    for _ in range(2):
+        assessment.main(["speed", "profile", "--tiny", "--csv"])
+    first, *others = measure.read_results("speed.csv")
+    assert [first[key] for key in ("hardware", "median", "low", "high")] == ["another", *"213"]
+    assert {row["part"] for row in others} == {"profile"}
+    assert len({row["who"] for row in others}) == len(others)
 
 
 def allocated_bytes(cache):
@@ -110,6 +138,14 @@ def test_figure_that_is_not_of_the_results_is_found(old, new, tmp_path, monkeypa
     monkeypatch.setattr(figures, "ASSESSMENT", page)
     assert len(figures.differences()) == 1
     fails(assessment, "figures", match="differ from results")
+
+
+def test_table_that_is_missing_is_found(tmp_path, monkeypatch):
+    page = tmp_path / "README.md"
+    text = PAGE.read_text(encoding="utf-8")
+    page.write_text(text.replace("<!-- table: rates -->", ""), encoding="utf-8")
+    monkeypatch.setattr(figures, "ASSESSMENT", page)
+    assert "table rates stands 0 times in the pages" in figures.differences()
 
 
 def test_scoreboard_answers_ten_questions_for_each_variant_on_the_first_screen():

@@ -1,11 +1,12 @@
 """The claims of the assessment: what they compute beyond train.py, and how runs are kept."""
 
 import math
+import random
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, fails
+from helpers import TINY, fails, without
 
 import assessment.__main__
 import train
@@ -13,6 +14,7 @@ from assessment import claims, figures, measure, small_models
 from assessment.stretch import METHODS, frequencies, scores_and_mask, stretched, turn
 from assessment.writing import figures as figures_of
 from model import GPT, GPTConfig
+from plumbing.errors import InputError
 
 SHAPE = {"block_size": 64, "vocab_size": 17, "n_layer": 2, "n_head": 2, "n_embd": 32}
 
@@ -125,41 +127,92 @@ def test_a_word_is_repeated_if_it_is_one_of_the_ten_before_it():
 
 
 def test_differences_are_paired_by_seed():
-    mean, half = figures.difference({1: 1.0, 2: 2.1, 3: 3.2}, {1: 0.5, 2: 1.5, 3: 2.5, 4: 9.0})
+    mean, half = figures.difference({1: 1.0, 2: 2.1, 3: 3.2}, {1: 0.5, 2: 1.5, 3: 2.5})
     assert mean == pytest.approx(0.6)
     assert half == pytest.approx(4.303 * 0.1 / math.sqrt(3))   # t for 95% and 2 degrees of freedom
 
 
+@pytest.mark.parametrize("how", ["mean", "first"])
+def test_conversion_takes_the_mean_or_the_first_of_each_group(how):
+    flags = without(TINY, "n_head")
+    train.main([*flags, "--n_head=4", "--max_iters=1"])
+    small_models.convert(Path("out"), Path("new"), how, 2)
+    old, new = GPT.from_pretrained("out/ckpt.pt"), GPT.from_pretrained("new/best.pt")
+    assert new.config.n_kv_head == 2
+    for block, grouped in zip(old.h, new.h, strict=True):
+        q, kv = block.attn.c_attn.weight.split([16, 32])
+        heads = kv.view(2, 2, 2, 4, 16)   # key or value, group, its heads, D, C
+        expected = heads.mean(dim=2) if how == "mean" else heads[:, :, 0]
+        assert torch.allclose(grouped.attn.c_attn.weight, torch.cat([q, expected.flatten(0, 2)]))
+
+
+def test_losses_at_all_lengths_are_of_the_same_64_characters(monkeypatch):
+    places = torch.arange(1024)[None]
+    seen = []
+
+    class Sequences:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def sequences(self, numbers):
+            return places.clone(), places + 1
+
+    def model(x, y):
+        assert torch.equal(y[y != -1], torch.arange(961, 1025))
+        seen.append(x.shape[1])
+        return None, torch.tensor(2.0)
+    monkeypatch.setattr(small_models, "Data", Sequences)
+    monkeypatch.setattr(small_models, "load_meta", lambda folder: None)
+    monkeypatch.setattr(GPT, "from_pretrained", lambda path, **changes: model)
+    for T in small_models.LENGTHS:
+        assert small_models.loss_at_length(Path("out"), "tiny", T) == 2.0
+        assert set(seen) == {T}
+        seen.clear()
+
+
+def test_line_stands_twice_somewhere_in_the_context():
+    rng = random.Random(0)
+    begins = set()
+    for n in 300 * [12, 24, 48]:
+        text, start = small_models.line_in_context(n, rng)
+        assert len(text) == 129 and start + n <= 128
+        assert text[start - n - 1:start] == text[start:start + n + 1]
+        assert text[start - 1] == "\n" and text[start:start + n].isalpha()
+        assert start == n + 1 or text[start - n - 2] == "\n"
+        begins.add((n, start - n - 1))
+    assert {(48, 0), (48, 31)} <= begins   # at both ends of the context
+
+
 class Knowing:
-    """Instead of a model: it knows the next token, except in one column"""
+    """Instead of a model: it knows the next token, except where wrong(idx, next) is true"""
 
-    def __init__(self, spec, size):
-        self.tokenizer_spec = spec
-        self.size = size
-        self.wrong = None   # the column, as a function of the length of a line
+    def __init__(self, chars):
+        self.tokenizer_spec = {"kind": "char", "chars": chars}
+        self.wrong = None
 
-    def __call__(self, idx):
-        n = (idx.shape[1] + 1) // 2 - 1
-        guess = torch.roll(idx, -1, dims=1)
+    def __call__(self, idx, targets):
+        guess = targets.clone()
         if self.wrong:
-            guess[:, self.wrong(n)] = 0   # the line break
-        return torch.nn.functional.one_hot(guess, self.size), None
+            guess[self.wrong(idx, targets)] += 1
+        return torch.nn.functional.one_hot(guess, 28), None
 
 
 def test_recall_counts_the_second_line_from_its_second_letter_on(monkeypatch):
-    text = "".join(sorted(set(small_models.recall_text()[:20_000])))
-    model = Knowing({"kind": "char", "chars": text}, len(text))
+    chars = "".join(sorted(set(small_models.recall_text()[:20_000])))
+    line_break = chars.index("\n")
+    model = Knowing(chars)
     monkeypatch.setattr(GPT, "from_pretrained", lambda path: model)
 
     def shares():
         return [row[3] for row in small_models.recalled(None, Path("out"), [])]
     assert shares() == [1.0, 1.0, 1.0]
-    for outside in (lambda n: n, lambda n: 2 * n):   # it predicts the first letter, the line break
-        model.wrong = outside
+    for outside in (lambda idx, y: idx == line_break, lambda idx, y: y == line_break):
+        model.wrong = outside   # first letters; ends of lines
         assert shares() == [1.0, 1.0, 1.0]
-    for inside in (lambda n: n + 1, lambda n: 2 * n - 1):
+    for inside in (lambda idx, y: idx.roll(1, dims=1) == line_break,   # second letters
+                   lambda idx, y: y.roll(-1, dims=1) == line_break):   # last letters
         model.wrong = inside
-        assert shares() == pytest.approx([1 - 1 / (n - 1) for n in (12, 24, 48)])
+        assert shares() == pytest.approx([1 - 1 / (n - 1) for n in (12, 24, 48)], abs=1e-3)
 
 
 def test_finished_runs_are_kept_and_not_made_again(monkeypatch, capsys):
@@ -172,16 +225,41 @@ def test_finished_runs_are_kept_and_not_made_again(monkeypatch, capsys):
         made.append(job)
         return [(*job, "loss", 300, 128, "1.5000"), (*job, dtype, 0, 128, "1.0000")]
     monkeypatch.setattr(claims, "in_new_process", run)
-    monkeypatch.setattr(claims, "prepare_texts", lambda names, folder, recall: None)
+    monkeypatch.setattr(claims, "prepare_texts", lambda names, folder: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")   # so that it is as before afterwards
     assessment.__main__.main(["claims", "stretch"])
     assert len(made) == 3
     assessment.__main__.main(["claims", "stretch", "recall"])
-    assert len(made) == 3 + 18
+    assert len(made) == 3 + 24
     assessment.__main__.main(["claims", "stretch", "recall"])   # names with commas came back
-    assert len(made) == 3 + 18
+    assert len(made) == 3 + 24
     rows = measure.read_results("claims.csv")
     assert figures.values_of(rows, "stretch", "rope") == {1: 1.5, 2: 1.5, 3: 1.5}
-    assert "18 runs to do" in capsys.readouterr().out
+    assert "24 runs to do" in capsys.readouterr().out
+
+
+def test_run_that_fails_stops_no_other_and_is_made_again(monkeypatch, capsys):
+    for module in (claims, measure):
+        monkeypatch.setattr(module, "RESULTS", Path("results"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")   # so that it is as before afterwards
+    Path("results").mkdir()
+
+    def run(f, job, flags, dtype, folder):
+        if job.seed == 2:
+            raise InputError("the loss is not finite")
+        return [(*job, "loss", 300, 128, "1.5000"), (*job, dtype, 0, 128, "1.0000")]
+    monkeypatch.setattr(claims, "in_new_process", run)
+    monkeypatch.setattr(claims, "prepare_texts", lambda names, folder: None)
+    assessment.__main__.main(["claims", "stretch"])
+    assert {row["seed"] for row in measure.read_results("claims.csv")} == {"1", "3"}
+    assert "rope 2: the loss is not finite" in capsys.readouterr().out
+    assessment.__main__.main(["claims", "stretch"])
+    assert "1 runs to do" in capsys.readouterr().out
+
+
+def test_seeds_that_do_not_match_are_not_compared():
+    with pytest.raises(InputError, match="cannot be paired"):
+        figures.difference({1: 1.0, 2: 2.1}, {1: 0.5, 3: 1.5})
 
 
 def test_unknown_part_is_one_clear_line():
