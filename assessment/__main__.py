@@ -18,11 +18,13 @@ What each variant costs and what it buys, measured on this machine.
     --csv               writes assessment/results/speed.csv
 
   python -m assessment claims            what the papers claim, in miniature: trains small models,
-                                         about two and a half hours on two cores; finished runs are
-                                         kept in assessment/results/claims.csv; or parts of it:
-                                         claims rates factorial windows stretch recall heads text
+                                         two hours and a half on two cores; finished runs are kept
+                                         in assessment/results/claims.csv; or parts of it: claims
+                                         rates factorial windows stretch recall heads text
+  python -m assessment claims --again PART   makes finished runs again
   python -m assessment gpu               the first twenty minutes on a GPU: writes results/gpu.csv;
-                                         without a GPU the same with tiny models
+                                         without a GPU the same with tiny models; takes
+                                         --nanogpt=FOLDER, too
   python -m assessment runs out-a out-b  draws the losses of runs of train.py, by their folders or
                                          their metrics.csv, into losses.png
   python -m assessment plots             draws assessment/*.png from the CSV files

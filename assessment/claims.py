@@ -1,12 +1,12 @@
 """
 What the papers claim, in miniature: small models, trained by train.py from several seeds. What is
-measured goes into results/claims.csv, a row each; a run whose rows are there is not made again.
+measured goes into results/claims.csv, a row each, with the flags of train.py; a run that is there
+with the same flags is not made again.
 """
 
-import csv
-import io
 import itertools
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
@@ -21,26 +21,29 @@ from assessment.measure import (
     machine,
     print_versions,
     read_results,
+    write_results,
 )
 from assessment.small_models import (
+    LONG_STEPS,
     SMALL,
-    at_other_lengths,
+    losses_after_conversion,
+    losses_at_other_lengths,
+    quality_of_texts,
     recall_text,
-    recalled,
+    share_recalled,
     train_quietly,
-    uptrained,
-    written,
 )
-from plumbing.errors import InputError
-from plumbing.files import replacing
+from plumbing.errors import InputError, first_line
+from plumbing.run_folder import locked
 from prepare_data import prepare, prepare_text
 
+# length: tokens read at once; of recall, how far back; 0 if neither
 COLUMNS = ("part", "data", "variant", "seed", "measure", "step", "length", "value")
 
 ROPE = ["--use_rope"]
 GQA = ["--use_gqa", "--n_kv_head=2"]
 SWA = ["--use_swa", "--window_size=32"]
-RATES = ("5e-3", "1e-2", "1.5e-2", "2e-2", "3e-2")   # with Muon
+RATES = ("5e-3", "1e-2", "1.5e-2", "2e-2", "3e-2", "5e-2")   # with Muon
 ADAMW_RATES = ("2e-3", "4e-3", "8e-3")
 VARIANTS = {"gpt2": [], "rope": ROPE, "gqa": GQA, "swa": SWA, "modern": ROPE + GQA + SWA}
 
@@ -54,11 +57,12 @@ class Job(NamedTuple):
 
 
 class Part(NamedTuple):
+    """One question: its variants, each trained from several seeds"""
     data: str
     variants: dict           # {variant: flags}
     seeds: int = 3
     flags: tuple = ()        # of all variants
-    look: object = None      # look(job, out, flags) -> rows beside the losses, (measure, ...)
+    look: Callable | None = None   # look(job, out, flags) -> rows beside the losses, (measure, ...)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -92,53 +96,59 @@ WINDOWS = {
     "shrinking": ["--use_swa", "--window_size=(56,40,24,8)"],
 }
 HEADS = {f"{n} heads": [] if n == 8 else ["--use_gqa", f"--n_kv_head={n}"] for n in (8, 4, 2, 1)}
-RECALLING = {
-    "gpt2": [],
-    "rope": ROPE,
-    "gqa": GQA,
-    "swa": SWA,
-    "modern": ROPE + GQA + SWA,
+RECALLING = VARIANTS | {
     "rope, window 16": [*ROPE, "--use_swa", "--window_size=16"],
     "rope, window 4 and full": [*ROPE, "--use_swa", "--window_size=(4,0,4,0)"],
     "rope, 1 of 8 heads": [*ROPE, "--use_gqa", "--n_kv_head=1"],
 }
-LONG = ("--block_size=1024", "--batch_size=2", "--micro_batch_size=2")
+TEXTS_OF_1024 = ("--block_size=1024", "--batch_size=2", "--micro_batch_size=2")
+THREE_TIMES = (f"--max_iters={LONG_STEPS}",)
 PARTS = {
     "rates": Part("shakespeare", rates()),
-    "factorial": Part("stdlib", factorial(), flags=LONG),
+    "factorial": Part("stdlib", factorial(), flags=TEXTS_OF_1024),
     "windows": Part("shakespeare", WINDOWS),
-    "stretch": Part("shakespeare", {"rope": ROPE}, look=at_other_lengths),
-    "recall": Part("recall", RECALLING, flags=("--max_iters=900",), look=recalled),
-    "heads": Part("shakespeare", HEADS, seeds=8, look=uptrained),
-    "text": Part("shakespeare", VARIANTS, flags=("--max_iters=900",), look=written),
+    "stretch": Part("shakespeare", {"rope": ROPE}, look=losses_at_other_lengths),
+    "recall": Part("recall", RECALLING, flags=THREE_TIMES, look=share_recalled),
+    "heads": Part("shakespeare", HEADS, seeds=8, look=losses_after_conversion),
+    "text": Part("shakespeare", VARIANTS, flags=THREE_TIMES, look=quality_of_texts),
 }
 
 
-def rows_of_job(job, flags, dtype, folder):
+# ----------------------------------------------------------------------------------------------
+# Running them
+
+
+def rows_of_job(job, flags):
     """Train, and look -> rows, see COLUMNS. In a process of its own with one thread"""
     torch.set_num_threads(1)
-    part = PARTS[job.part]
-    flags = [*flags, f"--dtype={dtype}", f"--dataset={job.data}", f"--seed={job.seed}"]
-    out = Path(folder, "-".join(map(str, job)).replace(" ", "_").replace(",", ""))
+    look = PARTS[job.part].look
     length = train.load_config([*SMALL, *flags])[1].block_size
     rows = []
-    for step, (loss, seconds) in train_quietly(out, flags).items():
-        rows.append(("loss", step, length, loss))
-        rows.append(("seconds", step, length, seconds))
-    rows.append((dtype, 0, length, 1))   # of this run
-    if part.look:
-        rows += part.look(job, out, flags)
-    return [(*job, *row[:-1], f"{row[-1]:.4f}") for row in rows]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "run")
+        for step, (loss, seconds) in train_quietly(out, flags).items():
+            rows.append(("loss", step, length, loss))
+            rows.append(("seconds", step, length, seconds))
+        if look:
+            rows += look(job, out, flags)
+    rows = [(*job, *row[:-1], f"{row[-1]:.4f}") for row in rows]
+    return [(*job, "flags", 0, length, recorded(flags)), *rows]
 
 
-def jobs_of(names):
+def recorded(flags):
+    return " ".join([*SMALL, *flags])
+
+
+def jobs_of(names, dtype):
     """{Job: flags} of the parts with these names"""
     jobs = {}
     for name in names:
         part = PARTS[name]
         for seed in range(1, part.seeds + 1):
             for variant, flags in part.variants.items():
-                jobs[Job(name, part.data, variant, seed)] = [*flags, *part.flags]
+                jobs[Job(name, part.data, variant, seed)] = [
+                    *flags, *part.flags, f"--dtype={dtype}", f"--dataset={part.data}",
+                    f"--seed={seed}"]
     return jobs
 
 
@@ -146,79 +156,107 @@ def job_of(row):
     return Job(row["part"], row["data"], row["variant"], int(row["seed"]))
 
 
+def flags_of(rows):
+    """What recorded() wrote of a job"""
+    for row in rows:
+        if row[COLUMNS.index("measure")] == "flags":
+            return row[-1]
+    return ""
+
+
 def finished():
     """{Job: its rows}, as results/claims.csv has them"""
     results = {}
-    if (RESULTS / "claims.csv").exists():
-        for row in read_results("claims.csv"):
-            results.setdefault(job_of(row), []).append(tuple(row.values()))
+    for row in read_results("claims.csv"):
+        results.setdefault(job_of(row), []).append(tuple(row.values()))
     return results
 
 
 def write_rows(results):
     """{Job: rows} -> claims.csv, in the order of PARTS; jobs no longer in PARTS come last"""
-    known = jobs_of(PARTS)
+    known = jobs_of(PARTS, "auto")
     order = [*known, *(job for job in results if job not in known)]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for job in order:
-        writer.writerows(results.get(job, []))
-    with replacing(RESULTS / "claims.csv") as f:
-        f.write(text.getvalue().encode())
+    rows = [row for job in order for row in results.get(job, [])]
+    write_results("claims.csv", COLUMNS, rows)
 
 
-def run_all(jobs, results, dtype, folder):
-    """Run {Job: flags}, one per thread at a time; their rows go into results and claims.csv."""
+def run_all(jobs, results):
+    """
+    Run {Job: flags}, one per thread at a time. Their rows go into results and claims.csv as they
+    come. A job that fails stops no other.
+    """
+    failed = 0
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        futures = {}
+        for job, flags in jobs.items():
+            futures[pool.submit(in_new_process, rows_of_job, job, flags)] = job
         try:
-            futures = {}
-            for job, flags in jobs.items():
-                future = pool.submit(in_new_process, rows_of_job, job, flags, dtype, folder)
-                futures[future] = job
             for i, future in enumerate(as_completed(futures), 1):
                 job = futures[future]
                 name = f"{i} of {len(jobs)}: {' '.join(map(str, job))}"
                 try:
                     results[job] = future.result()
-                except InputError as e:   # a loss that is not finite, for example
-                    print(f"{name}: {e}")
+                except Exception as e:   # a loss that is not finite, or a process out of memory
+                    print(f"{name}: {first_line(e) or type(e).__name__}")
+                    failed += 1
                     continue
                 write_rows(results)
-                losses = [float(row[-1]) for row in results[job] if row[4] == "loss"]
-                print(f"{name}: {losses[-1]:.4f}")
+                losses = [row[-1] for row in results[job] if "loss" in row]
+                print(f"{name}: {losses[-1]}")
         finally:
             pool.shutdown(cancel_futures=True)   # Ctrl-C reaches the jobs under way, too
+    if failed:
+        raise InputError(f"{failed} of {len(jobs)} runs failed: the lines above say why; the same "
+                         "command makes them again")
 
 
-def prepare_texts(names, folder):
-    """The text of recall is made anew each time, in folder."""
+def prepare_texts(names):
+    """
+    The token files of these datasets, where they are missing. The recall text always comes anew
+    from this code.
+    """
     for name in names:
         if name == "recall":
-            text = Path(folder, "recall.txt")
-            text.write_text(recall_text(), encoding="utf-8", newline="\n")
-            prepare_text(Path("data/recall"), [text], "char")
+            with tempfile.TemporaryDirectory() as folder:
+                text = Path(folder, "recall.txt")
+                text.write_text(recall_text(), encoding="utf-8", newline="\n")
+                prepare_text(Path("data/recall"), [text], "char")
         elif not Path("data", name, "meta.json").exists():
             prepare(name)
 
 
+def dtype_of(results, bf16):
+    """That of the runs that are there: others would not compare with them"""
+    used = set()
+    for rows in results.values():
+        used |= {flag for flag in flags_of(rows).split() if flag.startswith("--dtype=")}
+    if len(used) > 1:
+        raise InputError("claims.csv has runs in bfloat16 and in float32, which do not compare: "
+                         "run claims --again")
+    if used:
+        return used.pop().removeprefix("--dtype=")
+    return "bfloat16" if bf16 else "float32"
+
+
 def main(argv):
-    """Run the parts, all by default, as far as their rows are not there."""
-    for name in argv:
+    """Run the parts, all by default, as far as they are not finished; with --again, all of them."""
+    names = [word for word in argv if word != "--again"]
+    for name in names:
         if name not in PARTS:
             raise InputError(f"claims {name}: unknown part; choose from {', '.join(PARTS)}, "
-                             "or name no part to run all")
+                             "or name no part to run all; --again runs what is finished, too")
+    names = names or list(PARTS)
     print_versions()
     cpu_only()
     _, bf16, line = machine()
     print(line)
-    results = finished()
-    dtype = "bfloat16" if bf16 else "float32"
-    for rows in results.values():   # as in the runs that are there
-        dtype = next(row[4] for row in rows if row[4] in ("bfloat16", "float32"))
-    jobs = {job: flags for job, flags in jobs_of(argv or PARTS).items() if job not in results}
-    print(f"{len(jobs)} runs to do; to make finished ones again, remove their rows from "
-          f"{RESULTS / 'claims.csv'}")
-    with tempfile.TemporaryDirectory() as folder:
-        prepare_texts(sorted({job.data for job in jobs}), folder)
-        run_all(jobs, results, dtype, folder)
+    with locked(RESULTS, "another claims writes to {}: wait for its end"):
+        results = finished()
+        if "--again" in argv:
+            results = {job: rows for job, rows in results.items() if job.part not in names}
+        dtype = dtype_of(results, bf16)
+        jobs = {job: flags for job, flags in jobs_of(names, dtype).items()
+                if flags_of(results.get(job, [])) != recorded(flags)}
+        print(f"{len(jobs)} runs to do, in {dtype}; --again makes finished ones again")
+        prepare_texts(sorted({job.data for job in jobs}))
+        run_all(jobs, results)

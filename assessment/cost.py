@@ -3,16 +3,16 @@
 import statistics
 import time
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 import train
 from assessment.measure import (
-    RESULTS,
-    Apart,
     added_mb,
     cpu_only,
     hardware,
+    interval,
     machine,
     milliseconds,
     peak_mb,
@@ -22,7 +22,9 @@ from assessment.measure import (
     step_after_first,
     step_as_trained,
     times,
+    times_apart,
     times_as_fast,
+    write_results,
 )
 from model import GPT, GPTConfig, attend, attend_in_blocks, attend_with_flash, flash_fits, visible
 from plumbing.device import disable_cudnn_attention
@@ -35,7 +37,9 @@ SWA = {"use_swa": True, "window_size": WINDOW}
 VARIANTS = {"gpt2": {}, "rope": ROPE, "gqa": GQA, "swa": SWA, "modern": ROPE | GQA | SWA}
 BASE = "gpt2"   # what the ratios in the tables compare with
 
-LENGTHS = (1024, 2048, 4096, 8192, 16384)   # of attention alone
+ATTENTION_LENGTHS = (1024, 2048, 4096, 8192, 16384)   # of attention alone
+TOKENS_TIMED = 25           # one more token, so many times ...
+ROOM = 2 * TOKENS_TIMED     # ... each after a token that is not counted
 
 
 # ----------------------------------------------------------------------------------------------
@@ -72,32 +76,37 @@ def fill(model, n, B=1):
     return cache
 
 
-def print_formulas(configs):
-    rows = {}
-    for name, config in configs.items():
-        with torch.device("meta"):
-            model = GPT(config)
-        rows[name] = [
-            f"{model.num_params() / 1e6:.2f}M",
-            f"{model.flops_per_token(1024) / 1e6:,.0f}M",
-            f"{model.flops_per_token(16384) / 1e6:,.0f}M",
-            f"{cache_bytes(config, 1):,}",
-            f"{cache_bytes(config, 1024) / 1e6:.1f} MB",
-            f"{cache_bytes(config, 16384) / 1e6:.1f} MB",
-        ]
-    columns = [
-        "parameters",
-        "training FLOPs per token, T = 1,024",
-        "T = 16,384",
-        "cache bytes per token",
-        "cache of 1,024 tokens",
-        "of 16,384",
-    ]
-    title = (
-        "GPT-2 124M, by formula (tests compare parameters and FLOPs with PyTorch's own counts; "
-        "cache in float32, batch 1)"
+class Size(NamedTuple):
+    """In words"""
+    parameters: str
+    flops_1024: str
+    flops_16384: str
+    cache_1024: str
+    cache_16384: str
+
+
+SIZE_COLUMNS = ("parameters", "training FLOPs per token, T = 1,024", "T = 16,384",
+                "cache, 1,024 tokens", "16,384")
+
+
+def size_of(config):
+    with torch.device("meta"):
+        model = GPT(config)
+    return Size(
+        f"{model.num_params() / 1e6:.2f}M",
+        f"{model.flops_per_token(1024) / 1e6:,.0f}M",
+        f"{model.flops_per_token(16384) / 1e6:,.0f}M",
+        f"{cache_bytes(config, 1024) / 1e6:,.1f} MB",
+        f"{cache_bytes(config, 16384) / 1e6:,.1f} MB",
     )
-    print_table(title, columns, rows)
+
+
+def print_formulas(configs):
+    title = (
+        "By formula; GPT-2 124M, unless a file says otherwise (tests compare parameters and FLOPs "
+        "with PyTorch's own counts; cache in float32, batch 1)"
+    )
+    print_table(title, SIZE_COLUMNS, {name: size_of(config) for name, config in configs.items()})
 
 
 # ----------------------------------------------------------------------------------------------
@@ -105,12 +114,13 @@ def print_formulas(configs):
 
 def measure_training(configs, T, device, bf16):
     """A training step of one sequence: seconds, and MB above parameters and optimizer state"""
-    steps = {name: Apart(step_as_trained, c, 1, T, device, bf16) for name, c in configs.items()}
-    seconds = times(steps, repeat=5)
     memory = {}
+    steps = {}
     for name, config in configs.items():
+        config = replace(config, block_size=T)
         memory[name] = [added_mb(step_after_first, config, T, device, bf16)]
-    return {("step", T): seconds, ("memory", T): memory}
+        steps[name] = step_as_trained, config, 1, T, device, bf16
+    return {("step", T): times_apart(steps, repeat=9), ("memory", T): memory}
 
 
 @torch.no_grad()
@@ -121,7 +131,7 @@ def measure_inference(configs, n, batch_sizes, device):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     models = {}
     for name, config in configs.items():
-        longer = replace(config, block_size=n + 64)   # room for the tokens that are decoded, too
+        longer = replace(config, block_size=n + ROOM)
         models[name] = GPT(longer).to(device, dtype).eval()
 
     def prefill(model):
@@ -134,11 +144,11 @@ def measure_inference(configs, n, batch_sizes, device):
 
     prompt = torch.randint(64, (1, n), device=device)
     prompts = {name: prefill(model) for name, model in models.items()}
-    measured = {("prefill", n): times(prompts, repeat=3)}
+    measured = {("prefill", n): times(prompts, repeat=9)}
     for B in batch_sizes:
         what = "decode" if B == 1 else f"decode {B}"
         tokens = {name: one_more(model, B) for name, model in models.items()}
-        measured[what, n] = times(tokens, repeat=25)
+        measured[what, n] = times(tokens, TOKENS_TIMED)
     return measured
 
 
@@ -146,10 +156,8 @@ def measure_models(configs, device, bf16, tiny):
     """-> the measurements, and which model they were made with"""
     if tiny:
         T, contexts = 32, (16, 32)
-        size = "one block of 48 channels"
-        configs = {
-            name: replace(c, n_layer=1, n_embd=48, vocab_size=64) for name, c in configs.items()
-        }
+        size = "one block, heads of 16"
+        configs = {name: tiny_model(config) for name, config in configs.items()}
     elif device.type == "cuda":
         T, contexts = 4096, (256, 1024, 4096, 16384, 32768)
         size = "GPT-2 124M"
@@ -157,7 +165,6 @@ def measure_models(configs, device, bf16, tiny):
         T, contexts = 2048, (256, 1024, 4096)
         size = "four blocks of GPT-2, vocabulary 4,096"
         configs = {name: four_blocks(config) for name, config in configs.items()}
-    configs = {name: replace(c, block_size=max(contexts) + 64) for name, c in configs.items()}
     measured = measure_training(configs, T, device, bf16)
     torch.backends.cuda.enable_flash_sdp(True)
     disable_cudnn_attention()   # as sample.py does
@@ -168,10 +175,19 @@ def measure_models(configs, device, bf16, tiny):
 
 
 def four_blocks(config):
-    window_size = config.window_size
-    if isinstance(window_size, tuple):
-        window_size = window_size[:4]
-    return replace(config, n_layer=4, vocab_size=4096, window_size=window_size)
+    return replace(config, n_layer=4, vocab_size=4096, window_size=first_windows(config, 4))
+
+
+def tiny_model(config):
+    return replace(config, n_layer=1, n_embd=16 * config.n_head, vocab_size=64,
+                   window_size=first_windows(config, 1))
+
+
+def first_windows(config, n):
+    """The window_size of the first n layers, from the beginning again if there are fewer"""
+    if not isinstance(config.window_size, tuple):
+        return config.window_size
+    return (n * config.window_size)[:n]
 
 
 def heading(what, n):
@@ -187,7 +203,7 @@ def heading(what, n):
 def cell(what, n, values, base):
     """The ratio to base, then MB or tokens/s"""
     if what == "memory":
-        return f"{1 / times_as_fast(values, base):.2f}: {values[0]:,.0f} MB"
+        return f"{values[0] / base[0]:.2f}: {values[0]:,.0f} MB"
     tokens = {"decode": 1, "decode 8": 8}.get(what, n)
     speeds = [tokens / seconds for seconds in values]
     return f"{times_as_fast(values, base):.2f}: {spread(speeds, ',.0f')}"
@@ -200,14 +216,15 @@ def print_measured(measured, size, bf16):
         "the rest in float32 (on CUDA all in bfloat16, and training compiled); memory above "
         "parameters and optimizer state"
     )
-    for decoding in (False, True):
+    reading = {key: runs for key, runs in measured.items() if not key[0].startswith("decode")}
+    decoding = {key: runs for key, runs in measured.items() if key[0].startswith("decode")}
+    for part in (reading, decoding):
         columns = []
         rows = {}
-        for (what, n), runs in measured.items():
-            if what.startswith("decode") == decoding:
-                columns.append(heading(what, n))
-                for name, values in runs.items():
-                    rows.setdefault(name, []).append(cell(what, n, values, runs[BASE]))
+        for (what, n), runs in part.items():
+            columns.append(heading(what, n))
+            for name, values in runs.items():
+                rows.setdefault(name, []).append(cell(what, n, values, runs[BASE]))
         print_table(title, columns, rows)
 
 
@@ -244,6 +261,7 @@ def random_heads(T):
 
 
 def forward_only(form, T):
+    disable_cudnn_attention()   # as train.py and sample.py do
     heads = random_heads(T)
 
     def run():
@@ -253,6 +271,7 @@ def forward_only(form, T):
 
 
 def forward_and_backward(form, T):
+    disable_cudnn_attention()
     heads = random_heads(T).requires_grad_()
     gradient = torch.ones_like(heads[:, :H])
 
@@ -280,7 +299,7 @@ def measure_attention(T):
     }
 
 
-def attention(lengths=LENGTHS):
+def attention(lengths=ATTENTION_LENGTHS):
     """Time and memory of full, masked and blocked attention by the length of the text"""
     measured = {}
     rows = {}
@@ -299,8 +318,9 @@ def attention(lengths=LENGTHS):
                 cells.append("-")
         faster = [f"{times_as_fast(run['blocks'], run['full']):.1f}" for run in (forward, both)]
         rows[f"{T:,}"] = [*cells, ", ".join(faster)]
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     title = (
-        f"Attention, {H} heads of {D}, W = {WINDOW}, float32: ms forward, ms forward and backward, "
+        f"Attention, {H} heads of {D}, W = {WINDOW}, {dtype}: ms forward, ms forward and backward, "
         "memory of both"
     )
     print_table(title, ["full", "masked", "in blocks", "full / blocks"], rows)
@@ -329,16 +349,30 @@ def endless(n=100_000):
 # ----------------------------------------------------------------------------------------------
 # The commands
 
+def ratio_to_base(values, base):
+    """
+    How many times as fast as base, in each round of times; their mean, and half of its 95%
+    interval. Nothing without rounds.
+    """
+    if len(values) == 1 or base is None:
+        return "", ""
+    ratios = [theirs / seconds for seconds, theirs in zip(values, base, strict=True)]
+    return tuple(f"{x:.4f}" for x in interval(ratios))
+
+
 def write_csv(measured, line):
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / "variants.csv", "w", encoding="utf-8", newline="\n") as f:
-        print(f"# torch {torch.__version__}; {hardware()}; {line}", file=f)
-        print("# seconds and, for memory, MB", file=f)
-        print("what,variant,T,median,low,high", file=f)
-        for (what, T), runs in measured.items():
-            for name, values in runs.items():
-                numbers = statistics.median(values), min(values), max(values)
-                print(what, name, T, *(f"{x:.6g}" for x in numbers), sep=",", file=f)
+    rows = []
+    for (what, T), runs in measured.items():
+        for name, values in runs.items():
+            numbers = statistics.median(values), min(values), max(values)
+            ratio = ratio_to_base(values, runs.get(BASE))
+            rows.append((what, name, T, *(f"{x:.6g}" for x in numbers), *ratio))
+    write_results(
+        "variants.csv",
+        ("what", "variant", "T", "median", "low", "high", "times_as_fast", "half"), rows,
+        f"torch {torch.__version__}; {hardware()}; {line}",
+        "seconds and, for memory, MB; times_as_fast: as gpt2, ± half, a 95% interval",
+    )
 
 
 def variants(files, keep, tiny):
@@ -354,7 +388,7 @@ def variants(files, keep, tiny):
     print_formulas(configs)
     measured, size = measure_models(configs, device, bf16, tiny)
     print_measured(measured, size, bf16)
-    measured |= attention([64] if tiny else LENGTHS)
+    measured |= attention([64] if tiny else ATTENTION_LENGTHS)
     if keep:
         write_csv(measured, line)
 
@@ -376,5 +410,8 @@ def main(argv):
                 f"cost {' '.join(argv)}: {file} is no config file (.py); cost takes config files "
                 "and --csv or --tiny, or attention or endless by itself"
             )
+    keep, tiny = "--csv" in argv, "--tiny" in argv
+    if keep and tiny:
+        raise InputError("cost: --csv keeps figures, and those of --tiny mean nothing")
     print_versions()
-    variants(files, keep="--csv" in argv, tiny="--tiny" in argv)
+    variants(files, keep, tiny)

@@ -7,6 +7,7 @@ with the smallest and the largest value in parentheses.
 
 import csv
 import ctypes
+import io
 import math
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import platform
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -21,6 +23,8 @@ import torch
 import train
 from model import GPT, GPTConfig
 from plumbing.device import choose_attention_kernels, choose_device, keep_freed_memory
+from plumbing.errors import InputError
+from plumbing.files import replacing
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -88,6 +92,8 @@ def in_new_process(f, *args):
 
 def seconds_of(f):
     """How long f() takes; on a GPU, from when it begins f's work to when it has finished it."""
+    if isinstance(f, Apart):
+        return f.seconds()
     if not torch.cuda.is_available():
         start = time.perf_counter()
         f()
@@ -107,8 +113,18 @@ def times(functions, repeat):
     for _ in range(repeat):
         for name, f in functions.items():
             f()   # not counted: whatever ran before left caches and memory as it needed them
-            taken[name].append(f.seconds() if isinstance(f, Apart) else seconds_of(f))
+            taken[name].append(seconds_of(f))
     return taken
+
+
+def times_apart(programs, repeat):
+    """{name: (make, *its arguments)} -> as times, of the functions that make returns, see Apart"""
+    with ExitStack() as stack:
+        functions = {}
+        for name, program in programs.items():
+            functions[name] = Apart(*program)
+            stack.callback(functions[name].close)
+        return times(functions, repeat)
 
 
 def spread(values, spec, unit=""):
@@ -126,6 +142,18 @@ def times_as_fast(seconds, base):
     return statistics.median(base) / statistics.median(seconds)
 
 
+T_95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306,
+        24: 2.064}   # Student's t, two-sided 95%, by degrees of freedom
+
+
+def interval(values):
+    """-> their mean, and half of its 95% interval"""
+    n = len(values)
+    if n - 1 not in T_95:
+        raise InputError(f"an interval needs 2 to 9 or 25 values, found {n}")
+    return statistics.mean(values), T_95[n - 1] * statistics.stdev(values) / n ** 0.5
+
+
 def print_times(taken, notes=None):
     """{name: seconds}: a line each, with its ratio to the last and, if given, its note"""
     last = list(taken.values())[-1]
@@ -138,8 +166,9 @@ def print_times(taken, notes=None):
 
 class Apart:
     """
-    The function that make(*args) makes, in a process of its own that lives on: settings of the
-    process that one program makes do not reach the other.
+    The function that make(*args) returns, called in a process of its own, which lives until
+    close(). So what one program sets for its whole process, how freed memory is kept for example,
+    does not reach the others.
     """
 
     def __init__(self, make, *args):
@@ -153,13 +182,19 @@ class Apart:
         """How long a call takes, as seconds_of measures it there"""
         return self.pool.submit(seconds_here).result()
 
+    def close(self):
+        self.pool.shutdown()
+
+
+MADE = []   # in the process of an Apart: the function it calls
+
 
 def make_here(make, args):
-    Apart.function = staticmethod(make(*args))
+    MADE.append(make(*args))
 
 
 def seconds_here():
-    return seconds_of(Apart.function)
+    return seconds_of(MADE[0])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -269,9 +304,9 @@ def step_function(model, optimizers, B, T, device, bf16):
     model_config = GPTConfig(block_size=T, use_swa=windows is not None, window_size=windows,
                              n_layer=model.config.n_layer)
 
+    choose_attention_kernels(device, bf16, model_config)
+
     def step():
-        # other measurements may have changed them
-        choose_attention_kernels(device, bf16, model_config)
         train.train_step(0, model, optimizers, data, c, place)
     return step
 
@@ -286,13 +321,15 @@ def step_after_first(config, T, device, bf16):
 # ----------------------------------------------------------------------------------------------
 # Tables
 
+def markdown(columns, rows):
+    """rows: {name: cells} -> a table"""
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
 def print_table(title, columns, rows):
-    """rows: {name: cells}, printed as Markdown"""
-    print(f"\n{title}\n")
-    print(f"| | {' | '.join(columns)} |")
-    print("|---" * (1 + len(columns)) + "|")
-    for name, cells in rows.items():
-        print(f"| {name} | {' | '.join(cells)} |")
+    print(f"\n{title}\n\n{markdown(columns, rows)}", end="")
 
 
 def read_results(name):
@@ -302,3 +339,16 @@ def read_results(name):
         return []
     with open(path, encoding="utf-8", newline="") as f:
         return list(csv.DictReader(line for line in f if not line.startswith("#")))
+
+
+def write_results(name, columns, rows, *comments):
+    """The other way, in place of the old file at once; rows: tuples"""
+    text = io.StringIO()
+    for comment in comments:
+        text.write(f"# {comment}\n")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    RESULTS.mkdir(exist_ok=True)
+    with replacing(RESULTS / name) as f:
+        f.write(text.getvalue().encode())

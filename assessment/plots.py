@@ -4,11 +4,30 @@ colour and the same marker; other curves borrow them. So the pictures can also b
 """
 
 from assessment.claims import RATES
-from assessment.cost import VARIANTS, cache_bytes
-from assessment.figures import NAMES, claims, difference, mean_of, percent
+from assessment.cost import VARIANTS as SWITCHES
+from assessment.cost import cache_bytes
 from assessment.measure import HERE, read_results
-from assessment.small_models import LENGTHS, REPEATED, recall_bounds
-from assessment.stretch import METHODS
+from assessment.small_models import (
+    AFTER_CONVERSION,
+    EVERY,
+    FURTHER,
+    FURTHER_STEPS,
+    LENGTHS,
+    LONG_STEPS,
+    REPEATED,
+    STEPS,
+    TRAINED,
+    recall_bounds,
+)
+from assessment.tables import (
+    CONVERSIONS,
+    TITLES,
+    VARIANTS,
+    claimed,
+    difference,
+    mean_of,
+    share_recalled,
+)
 from model import GPTConfig
 from plumbing.errors import InputError
 
@@ -119,29 +138,32 @@ def draw_cost():
     attention.legend()
 
     lengths = [2**n for n in range(8, 16)]
-    for name, switches in VARIANTS.items():
-        if name != "rope":   # the same cache as gpt2, and within 4% of its time
-            label = "gpt2, rope" if name == "gpt2" else NAMES[name]
-            line(size, label, {n: cache_bytes(GPTConfig(**switches), n) / 1e6 for n in lengths},
-                 name)
-            line(speed, label, measured("decode", name, 1e3), name)
+    for name, switches in SWITCHES.items():
+        line(speed, TITLES[name], measured("decode", name, 1e3), name)
+        if name != "rope":   # its cache is gpt2's
+            line(size, "gpt2, rope" if name == "gpt2" else TITLES[name],
+                 {n: cache_bytes(GPTConfig(**switches), n) / 1e6 for n in lengths}, name)
     logarithmic_x(size, lengths[::2])
     logarithmic_y(size, (10, 100, 1000))
     size.legend()
     logarithmic_x(speed, sorted(measured("decode", "gpt2")))
     speed.set_ylim(bottom=0)
+    speed.legend()
     save(fig, "cost")
 
 
-def differences(of, places, base="gpt2"):
-    """of(variant, place) -> {seed: value}. -> {variant: ({place: mean}, {place: half})}"""
-    found = {}
-    for name in VARIANTS:
-        if name != base:
-            compared = {place: difference(of(name, place), of(base, place)) for place in places}
-            found[name] = ({place: mean for place, (mean, _) in compared.items()},
-                           {place: half for place, (_, half) in compared.items()})
-    return found
+def against_gpt2(ax, losses, places, apart):
+    """
+    A line with intervals for each other variant. losses(variant, place) -> {seed: loss}; apart: by
+    how much the lines are shifted, so that their bars do not hide each other
+    """
+    for i, name in enumerate(VARIANTS[1:]):
+        means, halves = {}, {}
+        for place in places:
+            means[place], halves[place] = difference(losses(name, place), losses("gpt2", place))
+        line(ax, TITLES[name], means, name, halves, shift=apart * (i - 1.5))
+    ax.axhline(0, color=STYLE["gpt2"][0], linewidth=1)
+    ax.legend(ncols=2)
 
 
 def draw_rates():
@@ -149,41 +171,43 @@ def draw_rates():
                      ("learning rate (Muon)", "loss minus gpt2's, 300 steps"))
 
     def losses(name, i):
-        return claims("rates", f"{name} muon {RATES[i]}")
-    for i, (name, (means, halves)) in enumerate(differences(losses, range(len(RATES))).items()):
-        line(ax, NAMES[name], means, name, halves, shift=0.06 * (i - 1.5))
+        return claimed("rates", f"{name} muon {RATES[i]}")
+    against_gpt2(ax, losses, range(len(RATES)), apart=0.06)
     ax.set_xticks(range(len(RATES)), RATES)
-    ax.axhline(0, color=STYLE["gpt2"][0], linewidth=1)
-    ax.legend(ncols=2)
     save(fig, "rates")
 
 
 def draw_convergence():
-    fig, ax = figure("The lead over gpt2 while training 900 steps",
+    fig, ax = figure(f"The lead over gpt2 while training {LONG_STEPS} steps",
                      ("step", "loss minus gpt2's"))
 
     def losses(name, step):
-        return claims("text", name, step=step)
-    leads = differences(losses, range(100, 901, 100))
-    for i, (name, (means, halves)) in enumerate(leads.items()):
-        line(ax, NAMES[name], means, name, halves, shift=8 * (i - 1.5))
-    ax.axhline(0, color=STYLE["gpt2"][0], linewidth=1)
-    ax.legend(ncols=2)
+        return claimed("text", name, step=step)
+    against_gpt2(ax, losses, range(EVERY, LONG_STEPS + 1, EVERY), apart=8)
     save(fig, "convergence")
+
+
+METHODS = {   # and whose style each borrows
+    "plain": "gpt2",
+    "interpolation": "rope",
+    "ntk": "gqa",
+    "yarn": "swa",
+    "window": "modern",
+    "sinks": "masked",
+}
 
 
 def draw_stretch():
     """One panel at once, one after 30 more steps, with the same axes"""
     fig, *panels = figure(
-        "RoPE, trained on 128 characters: the same 64 characters, after more and more text",
+        f"RoPE, trained on {TRAINED} characters: the same 64 characters, after more and more text",
         ("characters read at once", "their loss, at once"),
-        ("characters read at once", "after 30 steps on 512"),
+        ("characters read at once", f"after {FURTHER_STEPS} steps on {FURTHER}"),
     )
-    styles = dict(zip(METHODS, STYLE, strict=True))
-    for ax, step in zip(panels, (300, 330), strict=True):
-        for method in METHODS:
-            points = {T: mean_of(claims("stretch", "rope", method, step, T)) for T in LENGTHS}
-            line(ax, method, points, styles[method])
+    for ax, step in zip(panels, (STEPS, STEPS + FURTHER_STEPS), strict=True):
+        for method, style in METHODS.items():
+            points = {T: mean_of(claimed("stretch", "rope", method, step, T)) for T in LENGTHS}
+            line(ax, method, points, style)
         logarithmic_x(ax, LENGTHS)
     low = min(ax.get_ylim()[0] for ax in panels)
     high = max(ax.get_ylim()[1] for ax in panels)
@@ -195,17 +219,16 @@ def draw_stretch():
 
 def draw_recall():
     fig, right, loss = figure(
-        "Lines of random letters, each said twice: what is known of the second",
+        "Lines of random letters, each written twice: what is known of the second copy",
         ("how far back the first stands", "letters known, %"),
         ("step", "validation loss"),
     )
     for variant in VARIANTS:
-        shares = {n + 1: mean_of(percent(claims("recall", variant, "recall", length=n + 1)))
-                  for n in REPEATED}
-        line(right, NAMES[variant], shares, variant)
-        steps = {step: mean_of(claims("recall", variant, step=step))
-                 for step in range(100, 901, 100)}
-        line(loss, NAMES[variant], steps, variant)
+        shares = {n + 1: mean_of(share_recalled(variant, n + 1)) for n in REPEATED}
+        line(right, TITLES[variant], shares, variant)
+        steps = {step: mean_of(claimed("recall", variant, step=step))
+                 for step in range(EVERY, LONG_STEPS + 1, EVERY)}
+        line(loss, TITLES[variant], steps, variant)
     right.set_ylim(0, 102)
     right.set_xticks([n + 1 for n in REPEATED])
     reference(right, 100 / 26, "a guess")
@@ -219,24 +242,23 @@ def draw_recall():
 def draw_heads():
     fig, heads, steps = figure(
         "Fewer key/value heads for eight query heads, eight seeds",
-        ("key/value heads", "loss minus 8 heads', trained so from the start"),
+        ("key/value heads", "loss minus that of 8 heads"),
         ("steps of training after conversion", "loss minus the unconverted model's"),
     )
-    base = claims("heads", "8 heads")
-    found = {n: difference(claims("heads", f"{n} heads"), base) for n in (4, 2, 1)}
-    line(heads, None, {n: mean for n, (mean, _) in found.items()}, "gqa",
-         {n: half for n, (_, half) in found.items()})
+    base = claimed("heads", "8 heads")
+    means, halves = {}, {}
+    for n in (4, 2, 1):
+        means[n], halves[n] = difference(claimed("heads", f"{n} heads"), base)
+    line(heads, None, means, "gqa", halves)
     heads.axhline(0, color=STYLE["gpt2"][0], linewidth=1)
     logarithmic_x(heads, (1, 2, 4))
-    labels = {"mean of 4": ("2 heads, the mean", "gqa"), "first of 4": ("2, the first", "swa"),
-              "mean of 8": ("1 head, the mean", "rope"), "first of 8": ("1, the first", "modern")}
-    for measure, (label, style) in labels.items():
-        found = {}
-        for step in (15, 30, 75, 150):
-            found[step] = difference(claims("heads", "8 heads", measure, step),
-                                     claims("heads", "8 heads", "not converted", step))
-        line(steps, label, {step: mean for step, (mean, _) in found.items()}, style,
-             {step: half for step, (_, half) in found.items()})
+    for (measure, label), style in zip(CONVERSIONS.items(), VARIANTS[1:], strict=True):
+        means, halves = {}, {}
+        for step in AFTER_CONVERSION[1:]:
+            means[step], halves[step] = difference(
+                claimed("heads", "8 heads", measure, step),
+                claimed("heads", "8 heads", "not converted", step))
+        line(steps, label, means, style, halves)
     steps.axhline(0, color=STYLE["gpt2"][0], linewidth=1)
     steps.legend(fontsize=8)
     save(fig, "heads")

@@ -25,10 +25,12 @@ def read_losses(name):
     losses = {"train_loss": [], "val_loss": []}
     try:
         for row in csv.DictReader(lines, Metrics.FIELDS):
+            if None in row.values():   # a line that is still being written
+                continue
             for column, points in losses.items():
                 if row[column]:
                     points.append((int(row["step"]), float(row[column])))
-    except (ValueError, TypeError, csv.Error) as e:   # half a line, for example
+    except (ValueError, csv.Error) as e:
         raise InputError(f"{path} is damaged: {e}") from None
     if not losses["val_loss"]:
         raise InputError(f"{path} has no validation loss yet")
@@ -47,9 +49,10 @@ def main(argv):
     for i, (name, losses) in enumerate(runs.items()):
         colour = COLOURS[i % len(COLOURS)]
         if losses["train_loss"]:
-            ax.plot(*zip(*losses["train_loss"], strict=True), color=colour, linewidth=0.6,
-                    alpha=0.6)
-        ax.plot(*zip(*losses["val_loss"], strict=True), color=colour, label=name, linewidth=1.4,
+            steps, values = zip(*losses["train_loss"], strict=True)
+            ax.plot(steps, values, color=colour, linewidth=0.6, alpha=0.6)
+        steps, values = zip(*losses["val_loss"], strict=True)
+        ax.plot(steps, values, color=colour, label=name, linewidth=1.4,
                 marker=MARKERS[i % len(MARKERS)], markersize=4)
     ax.legend()
     fig.savefig(PICTURE, dpi=150, bbox_inches="tight")

@@ -16,28 +16,32 @@ import torch
 import train
 from assessment.measure import RESULTS, ROOT
 from assessment.stretch import METHODS, stretched
-from assessment.writing import figures, texts_of, words_of
+from assessment.writing import NEW, text_quality, texts_of, words_of
 from model import GPT
 from plumbing.checkpoints import load_checkpoint
 from plumbing.errors import InputError
 from plumbing.token_files import Data, load_meta
 from plumbing.tokenizer import Tokenizer
 
+TRAINED = 128   # tokens in a training sequence, unless a part says otherwise
+STEPS = 300     # of training, unless a part says otherwise
+LONG_STEPS = 900
+EVERY = 100     # steps between evaluations
+RATE = "1.5e-2"
+
 # 2,048 tokens per step; 480 sequences of 128 tokens per evaluation
 SMALL = [
-    str(ROOT / "config" / "shakespeare.py"), "--device=cpu",
-    "--n_layer=4", "--n_head=8", "--n_embd=128", "--block_size=128", "--dropout=0",
-    "--batch_size=16", "--micro_batch_size=16", "--max_iters=300",
-    "--optimizer=muon", "--learning_rate=1.5e-2", "--warmup_iters=40",
-    "--eval_interval=100", "--eval_iters=30", "--log_interval=50",
+    "--device=cpu", "--n_layer=4", "--n_head=8", "--n_embd=128", f"--block_size={TRAINED}",
+    "--dropout=0", "--batch_size=16", "--micro_batch_size=16", f"--max_iters={STEPS}",
+    "--optimizer=muon", f"--learning_rate={RATE}", "--warmup_iters=40",
+    f"--eval_interval={EVERY}", "--eval_iters=30", "--log_interval=50",
 ]
-TRAINED = 128   # tokens in a training sequence, unless a part says otherwise
-LENGTHS = (128, 256, 512, 1024)   # tokens read at once by models trained on 128
+CONFIG = ROOT / "config" / "shakespeare.py"
 
 
 def train_quietly(out, flags):
     """train.py into the folder out -> {step: (validation loss, seconds of training until then)}"""
-    flags = [*SMALL, *flags, f"--out_dir={out}"]
+    flags = [str(CONFIG), *SMALL, *flags, f"--out_dir={out}"]
     with redirect_stdout(io.StringIO()):
         train.main(flags)
     points = {}
@@ -58,6 +62,11 @@ def train_quietly(out, flags):
 # ----------------------------------------------------------------------------------------------
 # What is looked up after a training, in the folder out -> rows of (measure, step, length, value)
 
+LENGTHS = (128, 256, 512, 1024)   # tokens read at once by models trained on 128
+FURTHER = 512         # tokens in a sequence of the training that follows
+FURTHER_STEPS = 30
+
+
 @torch.no_grad()
 def loss_at_length(out, data_name, T):
     """
@@ -76,25 +85,26 @@ def loss_at_length(out, data_name, T):
     return statistics.mean(losses)
 
 
-def at_other_lengths(job, out, flags):
-    """Texts longer than those of training, at once and after 30 steps on 512 tokens"""
+def losses_at_other_lengths(job, out, flags):
+    """Texts longer than those of training, at once and after a few steps on such texts"""
     rows = []
     for method in METHODS:
         for T in LENGTHS:
             with stretched(method, T / TRAINED, TRAINED):
                 loss = loss_at_length(out, job.data, T)
-            rows.append((method, 300, T, loss))
+            rows.append((method, STEPS, T, loss))
         further = Path(f"{out}-{method}")
-        s = 512 / TRAINED
+        s = FURTHER / TRAINED
         with stretched(method, s, TRAINED):
             train_quietly(further, [
-                *flags, f"--init_from={out / 'ckpt.pt'}", "--block_size=512", "--batch_size=4",
-                "--micro_batch_size=4", "--max_iters=30", "--eval_interval=30", "--eval_iters=1",
-                "--warmup_iters=0", "--learning_rate=5e-3"])
+                *flags, f"--init_from={out / 'ckpt.pt'}", f"--block_size={FURTHER}",
+                "--batch_size=4", "--micro_batch_size=4", f"--max_iters={FURTHER_STEPS}",
+                f"--eval_interval={FURTHER_STEPS}", "--eval_iters=1", "--warmup_iters=0",
+                "--learning_rate=5e-3"])
         for T in LENGTHS:
             with stretched(method, max(s, T / TRAINED), TRAINED):
                 loss = loss_at_length(further, job.data, T)
-            rows.append((method, 330, T, loss))
+            rows.append((method, STEPS + FURTHER_STEPS, T, loss))
     return rows
 
 
@@ -112,19 +122,19 @@ def recall_text():
     return "".join(2 * line for line in lines)
 
 
-def recall_bounds(n=20_000, context=TRAINED):
+def recall_bounds():
     """
-    The validation loss of a model that knows the shape of the recall text but no line from the one
-    before, and of one that knows every letter whose first copy stands in its context. Both are
-    told where lines begin and end; positions in the context are equally likely.
+    The loss on lines like those of the recall text of a model that knows its shape but no line from
+    the one before, and of one that knows every letter whose first copy stands in its context. Both
+    are told where lines begin and end; positions in the context are equally likely.
     """
-    lines = recall_text().split("\n")[:n]
+    lines = recall_text().split("\n")[:20_000]
     letters = sum(len(line) for line in lines)
     tokens = letters + len(lines)
     unknown = 0.0
     for first, second in zip(lines[::2], lines[1::2], strict=True):
         # The letter after token p of the context was said at p - len(first).
-        unknown += len(first) + len(second) * min(1, len(first) / context)
+        unknown += len(first) + len(second) * len(first) / TRAINED
     return math.log(26) * letters / tokens, math.log(26) * unknown / tokens
 
 
@@ -142,7 +152,7 @@ def line_in_context(n, rng):
 
 
 @torch.no_grad()
-def recalled(job, out, flags):
+def share_recalled(job, out, flags):
     """
     Of the letters of a repeated line, from its second on, the share for which the model's likeliest
     next letter is right. The length of a row is how far back the first copy stands.
@@ -158,39 +168,39 @@ def recalled(job, out, flags):
         start = torch.tensor(starts)[:, None]
         right = model(idx[:, :-1], idx[:, 1:])[0].argmax(-1) == idx[:, 1:]
         counts = (target > start) & (target < start + n)   # letters 2 to n
-        rows.append(("recall", 900, n + 1, right[counts].float().mean().item()))
+        rows.append(("recall", LONG_STEPS, n + 1, right[counts].float().mean().item()))
     return rows
 
 
 def convert(source, target, how, n_kv_head):
     """
     Write the last checkpoint in source to target, with n_kv_head key/value heads: each is the mean
-    or the first of those it replaces.
+    or the first of those it replaces. There are no biases.
     """
     path = source / "ckpt.pt"
     checkpoint = load_checkpoint(path)
-    multi_head = GPT.from_pretrained(path)
     grouped = GPT.from_pretrained(path, use_gqa=True, n_kv_head=n_kv_head)   # the mean
-    H = multi_head.config.n_head
-    C = multi_head.config.n_embd
-    K = n_kv_head
-    D = C // H
-    for block, old_block in zip(grouped.h, multi_head.h, strict=True):
-        keys_values = block.attn.c_attn.weight.data[C:].view(2, K, D, C)
-        if how == "first":
+    if how == "first":
+        multi_head = GPT.from_pretrained(path)
+        H = multi_head.config.n_head
+        C = multi_head.config.n_embd
+        K = n_kv_head
+        D = C // H
+        for block, old_block in zip(grouped.h, multi_head.h, strict=True):
             old = old_block.attn.c_attn.weight.data[C:].view(2, K, H // K, D, C)
-            keys_values.copy_(old[:, :, 0])
+            block.attn.c_attn.weight.data[C:].view(2, K, D, C).copy_(old[:, :, 0])
     target.mkdir()
     changed = {"model": grouped.state_dict(), "gpt_config": asdict(grouped.config)}
     torch.save(checkpoint | changed, target / "best.pt")
 
 
 CONVERTED = [(n, how) for n in (2, 1) for how in ("mean", "first")]
+AFTER_CONVERSION = (0, 15, 30, 75, 150)   # steps: 0, 5, 10, 25 and 50% of those before
 UPTRAINING = ["--max_iters=150", "--eval_interval=15", "--warmup_iters=0", "--learning_rate=5e-3",
               "--min_lr=5e-3"]
 
 
-def uptrained(job, out, flags):
+def losses_after_conversion(job, out, flags):
     """A multi-head model converted to fewer heads, and trained for up to half as many steps more"""
     if job.variant != "8 heads":
         return []
@@ -199,7 +209,7 @@ def uptrained(job, out, flags):
     def train_from(path, measure, *heads):
         target = Path(f"{out}-{measure}".replace(" ", "_"))
         points = train_quietly(target, [*flags, f"--init_from={path}", *heads, *UPTRAINING])
-        for step in (0, 15, 30, 75, 150):
+        for step in AFTER_CONVERSION:
             rows.append((measure, step, TRAINED, points[step][0]))
 
     for n, how in CONVERTED:
@@ -210,17 +220,17 @@ def uptrained(job, out, flags):
     return rows
 
 
-def written(job, out, flags):
+def quality_of_texts(job, out, flags):
     """The quality of generated text; three texts to read go into results/text-*.txt"""
     text = Path("data", job.data, "input.txt").read_text(encoding="utf-8")
     cut = int(0.9 * len(text))
     known = set(words_of(text[:cut]))
     texts = texts_of(out, text[cut:], job.seed)
-    rows = [(name, 900, 0, value) for name, value in figures(texts, known).items()]
+    rows = [(name, LONG_STEPS, 0, value) for name, value in text_quality(texts, known).items()]
     if job.variant == "gpt2":
         held_out = text[cut:]
-        places = range(0, len(held_out) - 240, len(held_out) // len(texts))
-        human = figures([held_out[place:place + 240] for place in places], known)
+        places = range(0, len(held_out) - NEW, len(held_out) // len(texts))
+        human = text_quality([held_out[place:place + NEW] for place in places], known)
         rows += [(f"{name}, Shakespeare", 0, 0, value) for name, value in human.items()]
     RESULTS.mkdir(exist_ok=True)
     Path(RESULTS, f"text-{job.variant}-{job.seed}.txt").write_text(

@@ -1,6 +1,5 @@
 """How fast it is: training steps, start-up, decoding, and several processes."""
 
-import csv
 import importlib.util
 import io
 import json
@@ -12,15 +11,14 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from assessment.cost import GQA, ROPE, SWA, VARIANTS, fill
+from assessment.cost import GQA, ROOM, ROPE, SWA, TOKENS_TIMED, VARIANTS, fill
 from assessment.measure import (
-    RESULTS,
     ROOT,
-    Apart,
     added_mb,
     hardware,
     in_new_process,
@@ -34,12 +32,13 @@ from assessment.measure import (
     step_after_first,
     step_as_trained,
     times,
+    times_apart,
     times_as_fast,
+    write_results,
 )
 from model import GPT, GPTConfig
 from plumbing.device import disable_cudnn_attention
 from plumbing.errors import InputError
-from plumbing.files import replacing
 from prepare_data import prepare, prepare_text
 
 # ----------------------------------------------------------------------------------------------
@@ -91,10 +90,10 @@ def steps(nanogpt, tiny):
     found = {}
     shapes = {"a tiny model": (2, 32, 1, TINY)} if tiny else SHAPES
     for name, (B, T, n, shape) in shapes.items():
-        runs = {"plainGPT": Apart(our_steps, shape, B, T, device, bf16, n)}
+        runs = {"plainGPT": (our_steps, shape, B, T, device, bf16, n)}
         if nanogpt:
-            runs["nanoGPT"] = Apart(nanogpts_steps, nanogpt, shape, B, T, device, bf16, n)
-        taken = times(runs, repeat=5)
+            runs["nanoGPT"] = nanogpts_steps, nanogpt, shape, B, T, device, bf16, n
+        taken = times_apart(runs, repeat=5)
         print(f"a training step, {name}")
         taken = {run: [s / n for s in seconds] for run, seconds in taken.items()}
         print_times(taken)
@@ -108,8 +107,8 @@ def steps(nanogpt, tiny):
     memory = {}
     for name, config in configs.items():
         memory[name] = added_mb(step_after_first, config, T, device, bf16)
-    runs = {name: Apart(step_as_trained, c, 1, T, device, bf16) for name, c in configs.items()}
-    taken = times(runs, repeat=3)
+    runs = {name: (step_as_trained, c, 1, T, device, bf16) for name, c in configs.items()}
+    taken = times_apart(runs, repeat=3)
     print_times(taken, {name: f"{mb:,.0f} MB" for name, mb in memory.items()})
     found[f"GPT-2 124M, 1 x {T:,}"] = in_milliseconds(taken)
     found[f"GPT-2 124M, 1 x {T:,}, memory"] = {name: ("MB", [mb]) for name, mb in memory.items()}
@@ -129,7 +128,7 @@ NANOGPT_RECIPE = [   # from nanoGPT's README
 
 
 def reaches_loss(line):
-    found = re.search(r"validation loss ([\d.]+),", line)
+    found = re.search(r"validation loss ([\d.]+),", line)   # the comma: ", the best so far"
     return found is not None and float(found[1]) < LOSS_OF_NANOGPT
 
 
@@ -165,8 +164,6 @@ def seconds_until(reached, folder, command):
 
 def start(nanogpt, tiny):
     """Seconds from the command to the first step, and to the loss nanoGPT's recipe ends with"""
-    if tiny:
-        raise InputError("speed start times whole commands, which are not made tiny")
     if not Path(ROOT, "data/shakespeare/meta.json").exists():
         prepare("shakespeare", ROOT / "data")
     ours = ["train.py", "config/shakespeare.py"]
@@ -220,12 +217,13 @@ def generation(bytes_per_second, device, config, n):
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         model = GPT(config).eval().to(device, dtype)
-        runs = {"plainGPT": lambda m=model: m.generate(idx, n, temperature=0)}
+        runs = {"plainGPT": partial(model.generate, idx, n, temperature=0)}
         taken = times(runs | transformers_run(idx, dtype, config, n), repeat=3)
         last = list(taken.values())[-1]
         limit = bytes_per_second / (model.num_params() * dtype.itemsize)
         dtype_name = str(dtype).removeprefix("torch.")
-        work = found[f"greedy decoding, {dtype_name}"] = {}
+        work = {}
+        found[f"greedy decoding, {dtype_name}"] = work
         for name, seconds in taken.items():
             speeds = [n / s for s in seconds]
             share = statistics.median(speeds) / limit
@@ -241,11 +239,10 @@ def one_more_token(title, cases, device):
     """cases: {name: (tokens in the cache, batch size, switches)}"""
     runs = {}
     for name, (n, B, switches) in cases.items():
-        model = GPT(GPTConfig(block_size=n + 64, **switches)).eval().to(device)
-        cache = fill(model, n, B)
+        model = GPT(GPTConfig(block_size=n + ROOM, **switches)).eval().to(device)
         token = torch.randint(50257, (B, 1), device=device)
-        runs[name] = lambda m=model, c=cache, t=token: m(t, cache=c)
-    taken = times(runs, repeat=25)
+        runs[name] = partial(model, token, cache=fill(model, n, B))
+    taken = times(runs, TOKENS_TIMED)
     print(title)
     print_times(taken)
     return {title: in_milliseconds(taken)}
@@ -349,8 +346,6 @@ def bytes_held(mode, flags, folder):
 
 def processes(tiny):
     """train.py alone, as DDP and as FSDP: tokens/s, and the bytes that the first process holds"""
-    if tiny:
-        raise InputError("speed processes times whole commands, which are not made tiny")
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         sources = [*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")]
@@ -406,8 +401,6 @@ def profile(tiny):
 def profile_here(tiny):
     device, bf16, line = machine()
     print(line)
-    if device.type != "cpu":
-        raise InputError("speed profile is for CPUs")
     B, T, _, shape = (2, 32, 1, TINY) if tiny else SHAPES["GPT-2 124M, 2 x 512"]
     config = GPTConfig(**shape)
     step = step_as_trained(config, B, T, device, bf16)
@@ -424,9 +417,10 @@ def profile_here(tiny):
     with torch.device("meta"):
         flops = B * T * GPT(config).flops_per_token(1)   # attention's products left out
     dtype = torch.bfloat16 if bf16 else torch.float32
-    peak = products_per_second(dtype, 64 if tiny else 2048)
-    print(f"its products are {flops / 1e9:,.0f} GFLOP, at {peak / 1e9:,.0f} GFLOP/s (2048 x 2048) "
-          f"{1e3 * flops / peak:,.1f} ms")
+    n = 64 if tiny else 2048
+    speed = products_per_second(dtype, n)
+    print(f"its products are {flops / 1e9:,.0f} GFLOP; at the {speed / 1e9:,.0f} GFLOP/s of two "
+          f"{n} x {n} matrices they take {1e3 * flops / speed:,.1f} ms")
     return {"profile": {kind: ("ms", [ms]) for kind, ms in spent.items()}}
 
 
@@ -436,24 +430,20 @@ def profile_here(tiny):
 PARTS = {"steps": steps, "start": start, "decode": decode, "processes": processes,
          "profile": profile}
 BESIDE_NANOGPT = ("steps", "start")
+WHOLE_COMMANDS = ("start", "processes")   # not made tiny
 COLUMNS = ("part", "hardware", "work", "who", "unit", "median", "low", "high")
 
 
 def write_csv(part, described, found):
     """{work: {who: (unit, values)}} -> speed.csv, in place of what it had of this part"""
-    rows = [row for row in read_results("speed.csv") if row["part"] != part]
+    rows = [tuple(row.values()) for row in read_results("speed.csv") if row["part"] != part]
     for work, runs in found.items():
         for who, (unit, values) in runs.items():
             middle, low, high = statistics.median(values), min(values), max(values)
             numbers = [f"{x:.6g}" for x in (middle, low, high)]
             row = (part, described, work, who, unit, *numbers)
-            rows.append(dict(zip(COLUMNS, row, strict=True)))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with replacing(RESULTS / "speed.csv") as f:
-        f.write(text.getvalue().encode())
+            rows.append(row)
+    write_results("speed.csv", COLUMNS, rows)
 
 
 def main(argv):
@@ -476,9 +466,23 @@ def main(argv):
                 f"speed {word}: unknown; choose from {', '.join(PARTS)}, or name none to run all; "
                 "--nanogpt=FOLDER is a clone of nanoGPT; --csv keeps the figures"
             )
+    if not parts:
+        parts = [part for part in PARTS if not (tiny and part in WHOLE_COMMANDS)]
+        if torch.cuda.is_available():
+            parts.remove("profile")
+    for part in parts:
+        if tiny and part in WHOLE_COMMANDS:
+            raise InputError(f"speed {part} times whole commands, which are not made tiny")
+        if part == "profile" and torch.cuda.is_available():
+            raise InputError("speed profile is for CPUs")
+        if keep and tiny:
+            raise InputError("speed: --csv keeps figures, and those of --tiny mean nothing")
+        if keep and part in BESIDE_NANOGPT and not nanogpt:
+            raise InputError(f"speed {part} --csv needs --nanogpt=FOLDER, a clone of nanoGPT: it "
+                             "replaces that comparison")
     print_versions()
     described = hardware() if keep else ""
-    for part in parts or PARTS:
+    for part in parts:
         if part in BESIDE_NANOGPT:
             found = PARTS[part](nanogpt, tiny)
         else:

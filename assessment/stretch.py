@@ -56,10 +56,10 @@ def scores_and_mask(q, k, pos, method, theta, s, trained):
     scores = turn(q, pos, freq) @ keys.mT / math.sqrt(D)
     if method == "yarn":
         scores = scores * (0.1 * math.log(s) + 1) ** 2
-    if method not in ("window", "sinks"):
-        return scores, visible(pos, pos, 0)
     if method == "window":
         return scores, visible(pos, pos, trained)
+    if method != "sinks":
+        return scores, visible(pos, pos, 0)
     recent = visible(pos, pos, trained - SINKS)
     is_sink = (pos < SINKS) & visible(pos, pos, 0)
     # Past the window, a query meets the sinks as if it stood at the window's last place.
@@ -69,11 +69,14 @@ def scores_and_mask(q, k, pos, method, theta, s, trained):
 
 @contextmanager
 def stretched(method, s, trained):
-    """Every attention, for inference and training, reads texts of s times the trained length so."""
+    """
+    Inside the block every Attention uses this method, in training, too. s: how many times the
+    trained length the texts have
+    """
     original = Attention.forward
 
     def forward(self, x, pos, layer_cache=None):
-        if layer_cache is not None:   # the sample at the end of training
+        if layer_cache is not None:   # only the sample that train.py prints at its end
             return original(self, x, pos, layer_cache)
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, self.H + 2 * self.K, self.D).transpose(1, 2)

@@ -34,7 +34,7 @@ def texts_of(out, validation, seed):
     return [tokenizer.decode(row[PROMPT:].tolist()) for row in idx]
 
 
-def figures(texts, known):
+def text_quality(texts, known):
     """
     distinct-4   of all sequences of 4 characters in the texts, the share of different ones
     repetition   the share of words that are one of the 10 before them

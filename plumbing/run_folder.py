@@ -33,10 +33,10 @@ def writing_to(out, step, rank):
 
 
 @contextmanager
-def locked(out):
+def locked(out, message="out_dir={}: another run writes there, name another one"):
     """
     Make the folder of a run, and keep other runs out of it until the block ends, or the process,
-    however it ends. InputError if another run is in it.
+    however it ends. InputError with this message if another run is in it.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def locked(out):
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"out_dir={out}: another run writes there, name another one") from None
+            raise InputError(message.format(out)) from None
         except OSError:   # a disk without locks
             pass
         yield

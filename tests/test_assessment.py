@@ -1,6 +1,8 @@
 """The assessment: its commands explain themselves, and its formulas are what the model does."""
 
+import math
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +11,9 @@ import pytest
 import torch
 from helpers import HERE, fails
 
+import train
 from assessment import __main__ as assessment
-from assessment import figures, measure, plots, runs, speed
+from assessment import cost, figures, measure, plots, runs, speed
 from assessment.cost import cache_bytes, fill
 from model import GPTConfig
 from test_model import MIXED_WINDOWS, W, every_variant, tiny
@@ -35,8 +38,13 @@ def test_python_m_assessment_lists_its_commands():
     (["claims", "ropes"], "^error: claims ropes: .*rates"),
     (["figures", "all"], "^error: figures"),
     (["plots", "cost"], "^error: plots"),
-], ids=["command", "of cost", "of speed", "of claims", "of figures", "of plots"])
-def test_unknown_command_or_part_is_one_clear_line(argv, match):
+    (["cost", "--csv", "--tiny"], "^error: cost: --csv keeps figures"),
+    (["speed", "decode", "--csv", "--tiny"], "^error: speed: --csv keeps figures"),
+    (["speed", "decode", "start", "--tiny"], "^error: speed start .*not made tiny"),
+    (["speed", "decode", "steps", "--csv"], "^error: speed steps --csv needs --nanogpt=FOLDER"),
+], ids=["command", "of cost", "of speed", "of claims", "of figures", "of plots", "tiny figures",
+        "tiny speeds", "tiny start", "without nanoGPT"])
+def test_wrong_command_or_part_is_one_clear_line_before_anything_is_measured(argv, match):
     fails(assessment, *argv, match=match)
 
 
@@ -54,17 +62,37 @@ def test_profile_counts_an_operation_once_under_its_kind(operation, kind):
 
 def test_speed_keeps_its_figures_beside_those_of_other_parts(monkeypatch):
     monkeypatch.setattr(measure, "RESULTS", Path("results"))
-    monkeypatch.setattr(speed, "RESULTS", Path("results"))
     monkeypatch.setattr(speed, "hardware", lambda: "this machine")
-    monkeypatch.setattr(speed, "in_new_process", lambda f, *args: f(*args))
-    Path("results").mkdir()
+    monkeypatch.setitem(speed.PARTS, "profile", lambda tiny: speed.profile_here(tiny=True))
     speed.write_csv("decode", "another", {"decoding": {"plainGPT": ("ms", [3.0, 1.0, 2.0])}})
     for _ in range(2):
-        assessment.main(["speed", "profile", "--tiny", "--csv"])
+        assessment.main(["speed", "profile", "--csv"])
     first, *others = measure.read_results("speed.csv")
     assert [first[key] for key in ("hardware", "median", "low", "high")] == ["another", *"213"]
     assert {row["part"] for row in others} == {"profile"}
     assert len({row["who"] for row in others}) == len(others)
+
+
+def test_cost_keeps_ratios_that_are_paired_by_round(monkeypatch):
+    monkeypatch.setattr(measure, "RESULTS", Path("results"))
+    monkeypatch.setattr(cost, "hardware", lambda: "this machine")
+    seconds = {"gpt2": [1.0, 2.0, 4.0], "swa": [0.5, 1.0, 1.0]}   # 2, 2 and 4 times as fast
+    cost.write_csv({("step", 8): seconds, ("memory", 8): {"gpt2": [10.0], "swa": [5.0]}}, "cpu")
+    gpt2, swa, _, memory = measure.read_results("variants.csv")
+    half = 4.303 * statistics.stdev([2, 2, 4]) / math.sqrt(3)
+    assert float(gpt2["times_as_fast"]) == 1 and float(gpt2["half"]) == 0
+    assert float(swa["times_as_fast"]) == pytest.approx(8 / 3, abs=1e-4)
+    assert float(swa["half"]) == pytest.approx(half, abs=1e-4)
+    assert (memory["median"], memory["times_as_fast"]) == ("5", "")
+
+
+@pytest.mark.parametrize("name", ["gpt2_xl", "modern", "gqa"])
+def test_small_models_in_place_of_a_config_files_are_valid(name):
+    config = train.load_config([str(HERE / "config" / f"{name}.py")])[1]
+    assert cost.tiny_model(config).n_layer == 1
+    assert cost.four_blocks(config).n_layer == 4
+    two = GPTConfig(n_layer=2, use_swa=True, window_size=(32, 0))
+    assert cost.four_blocks(two).windows == (32, 0, 32, 0)
 
 
 def allocated_bytes(cache):
@@ -146,14 +174,22 @@ def test_table_that_is_missing_is_found(tmp_path, monkeypatch):
     page.write_text(text.replace("<!-- table: rates -->", ""), encoding="utf-8")
     monkeypatch.setattr(figures, "ASSESSMENT", page)
     assert "table rates stands 0 times in the pages" in figures.differences()
+    page.write_text(text.replace("<!-- table: rates -->", "<!-- table: rate -->"), encoding="utf-8")
+    fails(assessment, "figures", match="there is no table rate: choose from .*rates")
 
 
-def test_scoreboard_answers_ten_questions_for_each_variant_on_the_first_screen():
+def test_table_without_an_end_takes_nothing_with_it():
+    page = "<!-- table: heads -->\n\nprose\n\n<!-- table: adamw -->\n\nold\n\n<!-- end -->\n"
+    written = figures.renewed(page)
+    assert "prose" in written and "old" not in written
+
+
+def test_scoreboard_answers_the_questions_for_each_variant_on_the_first_screen():
     first_screen = PAGE.read_text(encoding="utf-8").splitlines()[:25]
     table = [line for line in first_screen if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     assert cells[0][1:] == ["gpt2", "rope", "gqa", "swa", "all three"]
-    assert len(cells) == 2 + 10
+    assert len(cells) == 2 + 11
     for question, *answers in cells[2:]:
         assert question.startswith("[") and len(answers) == 5 and all(answers), question
 
@@ -172,7 +208,8 @@ def test_every_test_that_the_page_names_exists():
         assert f"def {name}(" in defined, name
 
 
-
+# ------------------------------------------------------------------------------------------------
+# Runs of one's own
 
 HEADER = "step,tokens,train_loss,val_loss,lr,grad_norm,tokens_per_s,elapsed_s\n"
 
@@ -183,7 +220,7 @@ def test_runs_draws_the_losses_of_several_runs(tmp_path, monkeypatch):
     for name in ("out-a", "out-b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.csv").write_text(
-            HEADER + "0,0,,4.2,,,,1.0\n10,99,3.1,,1e-3,0.5,9,2.0\n10,99,,3.0,,,,2.5\n")
+            HEADER + "0,0,,4.2,,,,1.0\n10,99,3.1,,1e-3,0.5,9,2.0\n10,99,,3.0,,,,2.5\n20,199,2.")
     assert runs.read_losses("out-a") == {"train_loss": [(10, 3.1)],
                                          "val_loss": [(0, 4.2), (10, 3.0)]}
     assessment.main(["runs", "out-a", "out-b/metrics.csv"])

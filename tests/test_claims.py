@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, fails, without
+from helpers import TINY, fails, needs_linux, without
 
 import assessment.__main__
 import train
-from assessment import claims, figures, measure, small_models
+from assessment import claims, measure, small_models, tables
 from assessment.stretch import METHODS, frequencies, scores_and_mask, stretched, turn
-from assessment.writing import figures as figures_of
+from assessment.writing import text_quality
 from model import GPT, GPTConfig
 from plumbing.errors import InputError
+from plumbing.run_folder import locked
 
 SHAPE = {"block_size": 64, "vocab_size": 17, "n_layer": 2, "n_head": 2, "n_embd": 32}
 
@@ -111,8 +112,8 @@ def test_sinks_are_seen_from_everywhere():
     assert torch.equal(a, b)   # without sinks, the first token is out of sight
 
 
-def test_figures_of_texts_by_hand():
-    found = figures_of(["x the cat the dog x", "x aaaa aaaa x"], {"the", "cat"})
+def test_quality_of_texts_by_hand():
+    found = text_quality(["x the cat the dog x", "x aaaa aaaa x"], {"the", "cat"})
     assert found["repetition"] == pytest.approx(2 / 6)   # the second "the", the second "aaaa"
     assert found["real words"] == pytest.approx(3 / 6)
     fours = [text[i:i + 4] for text in ("x the cat the dog x", "x aaaa aaaa x")
@@ -122,12 +123,12 @@ def test_figures_of_texts_by_hand():
 
 def test_a_word_is_repeated_if_it_is_one_of_the_ten_before_it():
     between = " b c d e f g h i j"
-    assert figures_of([f"x a{between} a x"], set())["repetition"] == 1 / 11
-    assert figures_of([f"x a{between} k a x"], set())["repetition"] == 0
+    assert text_quality([f"x a{between} a x"], set())["repetition"] == 1 / 11
+    assert text_quality([f"x a{between} k a x"], set())["repetition"] == 0
 
 
 def test_differences_are_paired_by_seed():
-    mean, half = figures.difference({1: 1.0, 2: 2.1, 3: 3.2}, {1: 0.5, 2: 1.5, 3: 2.5})
+    mean, half = tables.difference({1: 1.0, 2: 2.1, 3: 3.2}, {1: 0.5, 2: 1.5, 3: 2.5})
     assert mean == pytest.approx(0.6)
     assert half == pytest.approx(4.303 * 0.1 / math.sqrt(3))   # t for 95% and 2 degrees of freedom
 
@@ -204,7 +205,7 @@ def test_recall_counts_the_second_line_from_its_second_letter_on(monkeypatch):
     monkeypatch.setattr(GPT, "from_pretrained", lambda path: model)
 
     def shares():
-        return [row[3] for row in small_models.recalled(None, Path("out"), [])]
+        return [row[3] for row in small_models.share_recalled(None, Path("out"), [])]
     assert shares() == [1.0, 1.0, 1.0]
     for outside in (lambda idx, y: idx == line_break, lambda idx, y: y == line_break):
         model.wrong = outside   # first letters; ends of lines
@@ -215,51 +216,90 @@ def test_recall_counts_the_second_line_from_its_second_letter_on(monkeypatch):
         assert shares() == pytest.approx([1 - 1 / (n - 1) for n in (12, 24, 48)], abs=1e-3)
 
 
-def test_finished_runs_are_kept_and_not_made_again(monkeypatch, capsys):
-    monkeypatch.setattr(claims, "RESULTS", Path("results"))
-    monkeypatch.setattr(measure, "RESULTS", Path("results"))
-    Path("results").mkdir()
-    made = []
+@pytest.fixture
+def made(monkeypatch):
+    """-> the jobs, which are listed instead of run, and the function, which may be failing"""
+    jobs = []
 
-    def run(f, job, flags, dtype, folder):
-        made.append(job)
-        return [(*job, "loss", 300, 128, "1.5000"), (*job, dtype, 0, 128, "1.0000")]
-    monkeypatch.setattr(claims, "in_new_process", run)
-    monkeypatch.setattr(claims, "prepare_texts", lambda names, folder: None)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")   # so that it is as before afterwards
-    assessment.__main__.main(["claims", "stretch"])
-    assert len(made) == 3
-    assessment.__main__.main(["claims", "stretch", "recall"])
-    assert len(made) == 3 + 24
-    assessment.__main__.main(["claims", "stretch", "recall"])   # names with commas came back
-    assert len(made) == 3 + 24
-    rows = measure.read_results("claims.csv")
-    assert figures.values_of(rows, "stretch", "rope") == {1: 1.5, 2: 1.5, 3: 1.5}
-    assert "24 runs to do" in capsys.readouterr().out
-
-
-def test_run_that_fails_stops_no_other_and_is_made_again(monkeypatch, capsys):
+    def run(f, job, flags):
+        if run.failing and job.seed == 2:
+            raise InputError("the loss is not finite")
+        jobs.append(job)
+        return [(*job, "flags", 0, 128, claims.recorded(flags)),
+                (*job, "loss", 300, 128, "1.5000")]
+    run.failing = False
     for module in (claims, measure):
         monkeypatch.setattr(module, "RESULTS", Path("results"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")   # so that it is as before afterwards
-    Path("results").mkdir()
-
-    def run(f, job, flags, dtype, folder):
-        if job.seed == 2:
-            raise InputError("the loss is not finite")
-        return [(*job, "loss", 300, 128, "1.5000"), (*job, dtype, 0, 128, "1.0000")]
     monkeypatch.setattr(claims, "in_new_process", run)
-    monkeypatch.setattr(claims, "prepare_texts", lambda names, folder: None)
-    assessment.__main__.main(["claims", "stretch"])
+    monkeypatch.setattr(claims, "prepare_texts", lambda names: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")   # so that it is as before afterwards
+    return jobs, run
+
+
+def run_claims(*argv):
+    assessment.__main__.main(["claims", *argv])
+
+
+def test_finished_runs_are_kept_and_not_made_again(made, capsys):
+    jobs, _ = made
+    run_claims("stretch")
+    assert len(jobs) == 3
+    run_claims("stretch", "recall")
+    assert len(jobs) == 3 + 24
+    run_claims("stretch", "recall")   # names with commas came back
+    assert len(jobs) == 3 + 24
+    rows = measure.read_results("claims.csv")
+    assert tables.values_of(rows, "stretch", "rope") == {1: 1.5, 2: 1.5, 3: 1.5}
+    assert "24 runs to do" in capsys.readouterr().out
+    run_claims("stretch", "--again")
+    assert len(jobs) == 3 + 24 + 3
+
+
+def test_run_with_other_flags_than_now_is_made_again(made, monkeypatch):
+    jobs, _ = made
+    run_claims("stretch")
+    part = claims.PARTS["stretch"]
+    monkeypatch.setitem(claims.PARTS, "stretch", part._replace(flags=("--weight_decay=0.2",)))
+    run_claims("stretch")
+    assert len(jobs) == 3 + 3
+    assert len(measure.read_results("claims.csv")) == 3 * 2
+
+
+def test_results_of_one_dtype_only(made, monkeypatch):
+    jobs, _ = made
+    monkeypatch.setattr(claims, "machine", lambda: (None, True, "bfloat16 is faster here"))
+    run_claims("stretch")
+    monkeypatch.setattr(claims, "machine", lambda: (None, False, "float32"))
+    run_claims("windows")
+    path = Path("results/claims.csv")
+    assert path.read_text().count("--dtype=bfloat16") == 3 + 9
+    path.write_text(path.read_text().replace("--dtype=bfloat16", "--dtype=float32", 1))
+    fails(assessment.__main__, "claims", "windows", match="do not compare: run claims --again")
+
+
+def test_run_that_fails_stops_no_other_and_is_made_again(made, capsys):
+    jobs, run = made
+    run.failing = True
+    fails(assessment.__main__, "claims", "stretch", match="1 of 3 runs failed")
     assert {row["seed"] for row in measure.read_results("claims.csv")} == {"1", "3"}
-    assert "rope 2: the loss is not finite" in capsys.readouterr().out
-    assessment.__main__.main(["claims", "stretch"])
+    with pytest.raises(InputError, match="2 of 3 seeds; run python -m assessment claims stretch"):
+        tables.values_of(measure.read_results("claims.csv"), "stretch", "rope")
+    run.failing = False
+    run_claims("stretch")
     assert "1 runs to do" in capsys.readouterr().out
+    assert len(jobs) == 3
+
+
+@needs_linux
+def test_two_claims_at_once_do_not_overwrite_each_other(made):
+    with locked(Path("results")):
+        fails(assessment.__main__, "claims", "stretch", match="another claims writes to results")
+    run_claims("stretch")
 
 
 def test_seeds_that_do_not_match_are_not_compared():
     with pytest.raises(InputError, match="cannot be paired"):
-        figures.difference({1: 1.0, 2: 2.1}, {1: 0.5, 3: 1.5})
+        tables.difference({1: 1.0, 2: 2.1}, {1: 0.5, 3: 1.5})
 
 
 def test_unknown_part_is_one_clear_line():
