@@ -1,7 +1,7 @@
 """
 What the papers claim, in miniature: small models, trained by train.py from several seeds. What is
-measured goes into results/claims.csv, a row each, with the flags of train.py; a run that is there
-with the same flags is not made again.
+measured goes into results/claims.csv, a row each, with the flags of train.py and a hash of the
+text; a run that is there with the same ones is not made again.
 """
 
 import itertools
@@ -33,8 +33,9 @@ from assessment.small_models import (
     share_recalled,
     train_quietly,
 )
-from plumbing.errors import InputError, first_line
+from plumbing.errors import InputError, explain
 from plumbing.run_folder import locked
+from plumbing.token_files import load_meta
 from prepare_data import prepare, prepare_text
 
 # length: tokens read at once; of recall, how far back; 0 if neither
@@ -62,7 +63,8 @@ class Part(NamedTuple):
     variants: dict           # {variant: flags}
     seeds: int = 3
     flags: tuple = ()        # of all variants
-    look: Callable | None = None   # look(job, out, flags) -> rows beside the losses, (measure, ...)
+    look: Callable | None = None   # look(job, out, flags) -> rows beside the losses,
+                                   # (measure, step, length, value); out: the folder of the run
 
 
 # ----------------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ WINDOWS = {
 HEADS = {f"{n} heads": [] if n == 8 else ["--use_gqa", f"--n_kv_head={n}"] for n in (8, 4, 2, 1)}
 RECALLING = VARIANTS | {
     "rope, window 16": [*ROPE, "--use_swa", "--window_size=16"],
-    "rope, window 4 and full": [*ROPE, "--use_swa", "--window_size=(4,0,4,0)"],
+    "rope, windows 4 full 4 full": [*ROPE, "--use_swa", "--window_size=(4,0,4,0)"],
     "rope, 1 of 8 heads": [*ROPE, "--use_gqa", "--n_kv_head=1"],
 }
 TEXTS_OF_1024 = ("--block_size=1024", "--batch_size=2", "--micro_batch_size=2")
@@ -126,17 +128,25 @@ def rows_of_job(job, flags):
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "run")
-        for step, (loss, seconds) in train_quietly(out, flags).items():
+        for step, loss in train_quietly(out, flags).items():
             rows.append(("loss", step, length, loss))
-            rows.append(("seconds", step, length, seconds))
         if look:
             rows += look(job, out, flags)
     rows = [(*job, *row[:-1], f"{row[-1]:.4f}") for row in rows]
-    return [(*job, "flags", 0, length, recorded(flags)), *rows]
+    return [
+        (*job, "flags", 0, length, recorded(flags)),
+        (*job, "text", 0, length, hash_of_text(job.data)),
+        *rows,
+    ]
 
 
 def recorded(flags):
-    return " ".join([*SMALL, *flags])
+    return " ".join(["config/shakespeare.py", *SMALL, *flags])
+
+
+def hash_of_text(data):
+    """The beginning of the SHA-256 of a prepared dataset's text"""
+    return load_meta(Path("data", data))["source_sha256"][:8]
 
 
 def jobs_of(names, dtype):
@@ -156,12 +166,19 @@ def job_of(row):
     return Job(row["part"], row["data"], row["variant"], int(row["seed"]))
 
 
-def flags_of(rows):
-    """What recorded() wrote of a job"""
+def value_of(rows, measure):
+    """The value that a job's rows have of its flags or its text"""
     for row in rows:
-        if row[COLUMNS.index("measure")] == "flags":
+        if row[COLUMNS.index("measure")] == measure:
             return row[-1]
     return ""
+
+
+def with_other_flags(results):
+    """The jobs of PARTS that results have not, or with other flags than now"""
+    jobs = jobs_of(PARTS, dtype_of(results))
+    return [job for job, flags in jobs.items()
+            if value_of(results.get(job, []), "flags") != recorded(flags)]
 
 
 def finished():
@@ -174,7 +191,7 @@ def finished():
 
 def write_rows(results):
     """{Job: rows} -> claims.csv, in the order of PARTS; jobs no longer in PARTS come last"""
-    known = jobs_of(PARTS, "auto")
+    known = jobs_of(PARTS, dtype="any")   # the order is wanted, not the flags
     order = [*known, *(job for job in results if job not in known)]
     rows = [row for job in order for row in results.get(job, [])]
     write_results("claims.csv", COLUMNS, rows)
@@ -196,8 +213,8 @@ def run_all(jobs, results):
                 name = f"{i} of {len(jobs)}: {' '.join(map(str, job))}"
                 try:
                     results[job] = future.result()
-                except Exception as e:   # a loss that is not finite, or a process out of memory
-                    print(f"{name}: {first_line(e) or type(e).__name__}")
+                except Exception as e:   # whatever it is, the other runs go on
+                    print(f"{name}: {explain(e)}")
                     failed += 1
                     continue
                 write_rows(results)
@@ -207,7 +224,7 @@ def run_all(jobs, results):
             pool.shutdown(cancel_futures=True)   # Ctrl-C reaches the jobs under way, too
     if failed:
         raise InputError(f"{failed} of {len(jobs)} runs failed: the lines above say why; the same "
-                         "command makes them again")
+                         "command without --again makes them again, and no others")
 
 
 def prepare_texts(names):
@@ -225,17 +242,16 @@ def prepare_texts(names):
             prepare(name)
 
 
-def dtype_of(results, bf16):
-    """That of the runs that are there: others would not compare with them"""
+def dtype_of(results, otherwise="bfloat16"):
+    """That of the runs that are there, if any: others would not compare with them"""
     used = set()
     for rows in results.values():
-        used |= {flag for flag in flags_of(rows).split() if flag.startswith("--dtype=")}
+        flags = value_of(rows, "flags").split()
+        used |= {flag for flag in flags if flag.startswith("--dtype=")}
     if len(used) > 1:
         raise InputError("claims.csv has runs in bfloat16 and in float32, which do not compare: "
-                         "run claims --again")
-    if used:
-        return used.pop().removeprefix("--dtype=")
-    return "bfloat16" if bf16 else "float32"
+                         "remove those of one kind")
+    return used.pop().removeprefix("--dtype=") if used else otherwise
 
 
 def main(argv):
@@ -254,9 +270,13 @@ def main(argv):
         results = finished()
         if "--again" in argv:
             results = {job: rows for job, rows in results.items() if job.part not in names}
-        dtype = dtype_of(results, bf16)
-        jobs = {job: flags for job, flags in jobs_of(names, dtype).items()
-                if flags_of(results.get(job, [])) != recorded(flags)}
+        dtype = dtype_of(results, "bfloat16" if bf16 else "float32")
+        prepare_texts(sorted({PARTS[name].data for name in names}))
+        jobs = {}
+        for job, flags in jobs_of(names, dtype).items():
+            rows = results.get(job, [])
+            now = recorded(flags), hash_of_text(job.data)
+            if (value_of(rows, "flags"), value_of(rows, "text")) != now:
+                jobs[job] = flags
         print(f"{len(jobs)} runs to do, in {dtype}; --again makes finished ones again")
-        prepare_texts(sorted({job.data for job in jobs}))
         run_all(jobs, results)

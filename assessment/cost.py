@@ -34,12 +34,13 @@ WINDOW = 256
 ROPE = {"use_rope": True}
 GQA = {"use_gqa": True, "n_kv_head": 4}
 SWA = {"use_swa": True, "window_size": WINDOW}
-VARIANTS = {"gpt2": {}, "rope": ROPE, "gqa": GQA, "swa": SWA, "modern": ROPE | GQA | SWA}
+SWITCHES = {"gpt2": {}, "rope": ROPE, "gqa": GQA, "swa": SWA, "modern": ROPE | GQA | SWA}
 BASE = "gpt2"   # what the ratios in the tables compare with
 
 ATTENTION_LENGTHS = (1024, 2048, 4096, 8192, 16384)   # of attention alone
 TOKENS_TIMED = 25           # one more token, so many times ...
 ROOM = 2 * TOKENS_TIMED     # ... each after a token that is not counted
+TINY_VOCABULARY = 64
 
 
 # ----------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def measure_inference(configs, n, batch_sizes, device):
         token = torch.zeros(B, 1, dtype=torch.long, device=device)
         return lambda: model(token, cache=cache)
 
-    prompt = torch.randint(64, (1, n), device=device)
+    prompt = torch.randint(TINY_VOCABULARY, (1, n), device=device)
     prompts = {name: prefill(model) for name, model in models.items()}
     measured = {("prefill", n): times(prompts, repeat=9)}
     for B in batch_sizes:
@@ -166,7 +167,6 @@ def measure_models(configs, device, bf16, tiny):
         size = "four blocks of GPT-2, vocabulary 4,096"
         configs = {name: four_blocks(config) for name, config in configs.items()}
     measured = measure_training(configs, T, device, bf16)
-    torch.backends.cuda.enable_flash_sdp(True)
     disable_cudnn_attention()   # as sample.py does
     for n in contexts:
         batch_sizes = (1, 8) if n == 4096 else (1,)
@@ -179,7 +179,7 @@ def four_blocks(config):
 
 
 def tiny_model(config):
-    return replace(config, n_layer=1, n_embd=16 * config.n_head, vocab_size=64,
+    return replace(config, n_layer=1, n_embd=16 * config.n_head, vocab_size=TINY_VOCABULARY,
                    window_size=first_windows(config, 1))
 
 
@@ -206,7 +206,13 @@ def cell(what, n, values, base):
         return f"{values[0] / base[0]:.2f}: {values[0]:,.0f} MB"
     tokens = {"decode": 1, "decode 8": 8}.get(what, n)
     speeds = [tokens / seconds for seconds in values]
-    return f"{times_as_fast(values, base):.2f}: {spread(speeds, ',.0f')}"
+    mean, half = paired_ratio(values, base)
+    return f"{mean:.2f} ± {half:.2f}: {spread(speeds, ',.0f')}"
+
+
+def paired_ratio(seconds, base):
+    """How many times as fast as base, by round of times: the mean, and half of its 95% interval"""
+    return interval([theirs / ours for ours, theirs in zip(seconds, base, strict=True)])
 
 
 def print_measured(measured, size, bf16):
@@ -349,24 +355,15 @@ def endless(n=100_000):
 # ----------------------------------------------------------------------------------------------
 # The commands
 
-def ratio_to_base(values, base):
-    """
-    How many times as fast as base, in each round of times; their mean, and half of its 95%
-    interval. Nothing without rounds.
-    """
-    if len(values) == 1 or base is None:
-        return "", ""
-    ratios = [theirs / seconds for seconds, theirs in zip(values, base, strict=True)]
-    return tuple(f"{x:.4f}" for x in interval(ratios))
-
-
 def write_csv(measured, line):
     rows = []
     for (what, T), runs in measured.items():
         for name, values in runs.items():
             numbers = statistics.median(values), min(values), max(values)
-            ratio = ratio_to_base(values, runs.get(BASE))
-            rows.append((what, name, T, *(f"{x:.6g}" for x in numbers), *ratio))
+            row = [what, name, T, *(f"{x:.6g}" for x in numbers), "", ""]
+            if BASE in runs and len(values) > 1:   # not of memory, nor of attention alone
+                row[-2:] = [f"{x:.4f}" for x in paired_ratio(values, runs[BASE])]
+            rows.append(row)
     write_results(
         "variants.csv",
         ("what", "variant", "T", "median", "low", "high", "times_as_fast", "half"), rows,
@@ -382,7 +379,7 @@ def variants(files, keep, tiny):
     """
     device, bf16, line = machine()
     print(line)
-    configs = {name: GPTConfig(**switches) for name, switches in VARIANTS.items()}
+    configs = {name: GPTConfig(**switches) for name, switches in SWITCHES.items()}
     for file in files:
         configs[file] = train.load_config([file])[1]
     print_formulas(configs)
@@ -413,5 +410,8 @@ def main(argv):
     keep, tiny = "--csv" in argv, "--tiny" in argv
     if keep and tiny:
         raise InputError("cost: --csv keeps figures, and those of --tiny mean nothing")
+    if keep and torch.cuda.is_available():
+        raise InputError("cost --csv keeps the figures of a CPU, for the pages; those of a GPU are "
+                         "kept by python -m assessment gpu")
     print_versions()
     variants(files, keep, tiny)

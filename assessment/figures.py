@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from assessment.measure import ROOT, markdown
-from assessment.tables import TABLES, attention, memory
+from assessment.tables import TABLES, attention, step_memory
 from plumbing.errors import InputError
 from plumbing.files import replacing
 
@@ -20,7 +20,6 @@ CITED = {
     "2.13": "the version of torch",
     "0.8": "the temperature",
     "1.24": "Longformer, table 4, shrinking windows",
-    "1.23": "Longformer, table 4, equal windows",
     "1.21": "Longformer, table 4, growing windows",
     "258.6": "python -m assessment cost endless",
     "258.7": "python -m assessment cost endless",
@@ -54,7 +53,7 @@ def in_lessons():
     columns, rows = attention()
     faster = dict(zip(columns, rows["forward and backward"], strict=True))
     return {
-        "3_rope.md": f"{memory('rope', 2048)} times the memory",
+        "3_rope.md": f"{step_memory('rope', 2048)} times the memory",
         "5_windows.md": f"{faster['1,024']} times at 1,024 tokens, {faster['4,096']} at 4,096 and "
                         f"{faster['16,384']} at 16,384",
     }

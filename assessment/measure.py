@@ -1,8 +1,8 @@
 """
 Time and memory of functions, and the training step that several commands measure.
 
-Whatever is compared is measured in one run, alternating, after a warm-up. The figures are medians,
-with the smallest and the largest value in parentheses.
+Whatever is compared is measured in one run, alternating, after a warm-up. Times are medians, with
+the smallest and the largest value in parentheses.
 """
 
 import csv
@@ -43,9 +43,9 @@ def machine():
     return choose_device("cuda" if torch.cuda.is_available() else "cpu", "auto")
 
 
-def hardware():
-    """The processor and how fast it reads memory, in words"""
-    if torch.cuda.is_available():
+def hardware(gpu=True):
+    """The GPU, if there is one that is used; else the processor and how fast it reads memory"""
+    if gpu and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     read = memory_speed(torch.device("cpu"))
     return f"{processor()}, {torch.get_num_threads()} threads, reads {read / 1e9:.0f} GB/s"
@@ -142,8 +142,8 @@ def times_as_fast(seconds, base):
     return statistics.median(base) / statistics.median(seconds)
 
 
-T_95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306,
-        24: 2.064}   # Student's t, two-sided 95%, by degrees of freedom
+# Student's t, two-sided 95%, by degrees of freedom; 24: of the tokens that cost.py times
+T_95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 24: 2.064}
 
 
 def interval(values):
@@ -267,6 +267,7 @@ def training_step(model, B, T, device, bf16):
     """-> a function that does one step as train.py does it with AdamW; compiled on CUDA alone"""
     model.to(device)
     compile_on_cuda(model, device)
+    choose_attention_kernels(device, bf16, model.config)
     optimizers = train.make_optimizers(model, train.TrainConfig(), device)
     return step_function(model, optimizers, B, T, device, bf16)
 
@@ -284,8 +285,10 @@ def nanogpt_step(model, B, T, device, bf16):
     compile_on_cuda(model, device)
     forward = model.forward
     model.forward = lambda x, y, loss_only: forward(x, y)   # as train_step calls it
+    bf16 = bf16 and device.type == "cuda"
+    choose_attention_kernels(device, bf16, GPTConfig(block_size=T))
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
-    return step_function(model, [optimizer], B, T, device, bf16 and device.type == "cuda")
+    return step_function(model, [optimizer], B, T, device, bf16)
 
 
 def compile_on_cuda(model, device):
@@ -300,11 +303,6 @@ def step_function(model, optimizers, B, T, device, bf16):
     c = train.TrainConfig(batch_size=B, micro_batch_size=B)
     place = train.Place(device, bf16, rank=0, world=1, micro=B)
     data = RandomTokens(model.config.vocab_size, B, T)
-    windows = getattr(model.config, "window_size", None)   # nanoGPT has none
-    model_config = GPTConfig(block_size=T, use_swa=windows is not None, window_size=windows,
-                             n_layer=model.config.n_layer)
-
-    choose_attention_kernels(device, bf16, model_config)
 
     def step():
         train.train_step(0, model, optimizers, data, c, place)

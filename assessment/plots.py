@@ -4,8 +4,7 @@ colour and the same marker; other curves borrow them. So the pictures can also b
 """
 
 from assessment.claims import RATES
-from assessment.cost import VARIANTS as SWITCHES
-from assessment.cost import cache_bytes
+from assessment.cost import SWITCHES, cache_bytes
 from assessment.measure import HERE, read_results
 from assessment.small_models import (
     AFTER_CONVERSION,
@@ -19,10 +18,11 @@ from assessment.small_models import (
     TRAINED,
     recall_bounds,
 )
+from assessment.stretch import METHODS
 from assessment.tables import (
     CONVERSIONS,
+    NAMES,
     TITLES,
-    VARIANTS,
     claimed,
     difference,
     mean_of,
@@ -42,7 +42,7 @@ STYLE = {
 }
 
 
-def measured(what, variant, scale=1.0):
+def medians(what, variant, scale=1.0):
     """Rows of variants.csv -> {T: median}"""
     points = {}
     for row in read_results("variants.csv"):
@@ -130,23 +130,23 @@ def draw_cost():
         ("tokens of context", "cache of GPT-2 124M in float32, MB"),
         ("tokens of context", "one more token, four blocks, ms"),
     )
-    line(attention, "full", measured("attention", "full", 1e3), "gpt2")
-    line(attention, "masked: W = 256", measured("attention", "masked", 1e3), "masked")
-    line(attention, "in blocks: W = 256", measured("attention", "blocks", 1e3), "swa")
+    line(attention, "full", medians("attention", "full", 1e3), "gpt2")
+    line(attention, "masked: W = 256", medians("attention", "masked", 1e3), "masked")
+    line(attention, "in blocks: W = 256", medians("attention", "blocks", 1e3), "swa")
     logarithmic_x(attention, (1024, 4096, 16384))
     logarithmic_y(attention, (10, 100, 1000, 10000))
     attention.legend()
 
     lengths = [2**n for n in range(8, 16)]
     for name, switches in SWITCHES.items():
-        line(speed, TITLES[name], measured("decode", name, 1e3), name)
+        line(speed, TITLES[name], medians("decode", name, 1e3), name)
         if name != "rope":   # its cache is gpt2's
             line(size, "gpt2, rope" if name == "gpt2" else TITLES[name],
                  {n: cache_bytes(GPTConfig(**switches), n) / 1e6 for n in lengths}, name)
     logarithmic_x(size, lengths[::2])
     logarithmic_y(size, (10, 100, 1000))
     size.legend()
-    logarithmic_x(speed, sorted(measured("decode", "gpt2")))
+    logarithmic_x(speed, sorted(medians("decode", "gpt2")))
     speed.set_ylim(bottom=0)
     speed.legend()
     save(fig, "cost")
@@ -157,7 +157,7 @@ def against_gpt2(ax, losses, places, apart):
     A line with intervals for each other variant. losses(variant, place) -> {seed: loss}; apart: by
     how much the lines are shifted, so that their bars do not hide each other
     """
-    for i, name in enumerate(VARIANTS[1:]):
+    for i, name in enumerate(NAMES[1:]):
         means, halves = {}, {}
         for place in places:
             means[place], halves[place] = difference(losses(name, place), losses("gpt2", place))
@@ -187,7 +187,7 @@ def draw_convergence():
     save(fig, "convergence")
 
 
-METHODS = {   # and whose style each borrows
+STYLE_OF_METHOD = {   # borrowed
     "plain": "gpt2",
     "interpolation": "rope",
     "ntk": "gqa",
@@ -205,9 +205,9 @@ def draw_stretch():
         ("characters read at once", f"after {FURTHER_STEPS} steps on {FURTHER}"),
     )
     for ax, step in zip(panels, (STEPS, STEPS + FURTHER_STEPS), strict=True):
-        for method, style in METHODS.items():
+        for method in METHODS:
             points = {T: mean_of(claimed("stretch", "rope", method, step, T)) for T in LENGTHS}
-            line(ax, method, points, style)
+            line(ax, method, points, STYLE_OF_METHOD[method])
         logarithmic_x(ax, LENGTHS)
     low = min(ax.get_ylim()[0] for ax in panels)
     high = max(ax.get_ylim()[1] for ax in panels)
@@ -223,7 +223,7 @@ def draw_recall():
         ("how far back the first stands", "letters known, %"),
         ("step", "validation loss"),
     )
-    for variant in VARIANTS:
+    for variant in NAMES:
         shares = {n + 1: mean_of(share_recalled(variant, n + 1)) for n in REPEATED}
         line(right, TITLES[variant], shares, variant)
         steps = {step: mean_of(claimed("recall", variant, step=step))
@@ -252,7 +252,7 @@ def draw_heads():
     line(heads, None, means, "gqa", halves)
     heads.axhline(0, color=STYLE["gpt2"][0], linewidth=1)
     logarithmic_x(heads, (1, 2, 4))
-    for (measure, label), style in zip(CONVERSIONS.items(), VARIANTS[1:], strict=True):
+    for (measure, label), style in zip(CONVERSIONS.items(), NAMES[1:], strict=True):
         means, halves = {}, {}
         for step in AFTER_CONVERSION[1:]:
             means[step], halves[step] = difference(

@@ -40,23 +40,16 @@ CONFIG = ROOT / "config" / "shakespeare.py"
 
 
 def train_quietly(out, flags):
-    """train.py into the folder out -> {step: (validation loss, seconds of training until then)}"""
+    """train.py into the folder out -> {step: validation loss}"""
     flags = [str(CONFIG), *SMALL, *flags, f"--out_dir={out}"]
     with redirect_stdout(io.StringIO()):
         train.main(flags)
-    points = {}
-    seconds = 0.0
-    tokens = 0
     with open(out / "metrics.csv", encoding="utf-8", newline="") as f:
-        for row in csv.DictReader(f):
-            if row["tokens_per_s"]:
-                seconds += (int(row["tokens"]) - tokens) / int(row["tokens_per_s"])
-                tokens = int(row["tokens"])
-            if row["val_loss"]:
-                points[int(row["step"])] = float(row["val_loss"]), seconds
-    if train.load_config(flags)[0].max_iters not in points:
-        raise InputError(f"{out.name} was stopped before its last step")
-    return points
+        losses = {int(row["step"]): float(row["val_loss"]) for row in csv.DictReader(f)
+                  if row["val_loss"]}
+    if train.load_config(flags)[0].max_iters not in losses:
+        raise InputError("the run was stopped before its last step")
+    return losses
 
 
 # ----------------------------------------------------------------------------------------------
@@ -73,8 +66,7 @@ def loss_at_length(out, data_name, T):
     Validation loss on the last 64 of every 1,024 characters, read together with the T - 64 before
     them: the same 64 for every T
     """
-    longer = {"block_size": T} if T > TRAINED else {}
-    model = GPT.from_pretrained(out / "ckpt.pt", **longer)
+    model = GPT.from_pretrained(out / "ckpt.pt", block_size=max(T, TRAINED))
     folder = Path("data") / data_name
     data = Data(folder, load_meta(folder), "val", max(LENGTHS), seed=0)
     losses = []
@@ -207,10 +199,10 @@ def losses_after_conversion(job, out, flags):
     rows = []
 
     def train_from(path, measure, *heads):
-        target = Path(f"{out}-{measure}".replace(" ", "_"))
-        points = train_quietly(target, [*flags, f"--init_from={path}", *heads, *UPTRAINING])
+        target = out.with_name(measure.replace(" ", "_"))
+        losses = train_quietly(target, [*flags, f"--init_from={path}", *heads, *UPTRAINING])
         for step in AFTER_CONVERSION:
-            rows.append((measure, step, TRAINED, points[step][0]))
+            rows.append((measure, step, TRAINED, losses[step]))
 
     for n, how in CONVERTED:
         source = Path(f"{out}-{how}-{n}")

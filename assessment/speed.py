@@ -1,4 +1,9 @@
-"""How fast it is: training steps, start-up, decoding, and several processes."""
+"""
+How fast it is: training steps, start-up, decoding, several processes, and a profile.
+
+Each part is a function of the folder of nanoGPT's clone, or None, and of whether it is to be tiny,
+to see that it works; it prints, and returns {work: {who: (unit, values)}}.
+"""
 
 import importlib.util
 import io
@@ -16,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from assessment.cost import GQA, ROOM, ROPE, SWA, TOKENS_TIMED, VARIANTS, fill
+from assessment.cost import GQA, ROOM, ROPE, SWA, SWITCHES, TOKENS_TIMED, fill
 from assessment.measure import (
     ROOT,
     added_mb,
@@ -103,7 +108,7 @@ def steps(nanogpt, tiny):
 
     T = 4096
     print(f"a training step, GPT-2 124M, 1 x {T:,}; memory above parameters and optimizer state")
-    configs = {name: GPTConfig(block_size=T, **VARIANTS[name]) for name in ("modern", "gpt2")}
+    configs = {name: GPTConfig(block_size=T, **SWITCHES[name]) for name in ("modern", "gpt2")}
     memory = {}
     for name, config in configs.items():
         memory[name] = added_mb(step_after_first, config, T, device, bf16)
@@ -249,7 +254,7 @@ def one_more_token(title, cases, device):
 
 
 @torch.no_grad()
-def decode(tiny):
+def decode(nanogpt, tiny):
     """tokens/s of generation beside transformers, and with fewer key/value heads"""
     device, _, line = machine()
     print(line)
@@ -344,7 +349,7 @@ def bytes_held(mode, flags, folder):
     )
 
 
-def processes(tiny):
+def processes(nanogpt, tiny):
     """train.py alone, as DDP and as FSDP: tokens/s, and the bytes that the first process holds"""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -373,10 +378,10 @@ def processes(tiny):
 KINDS = {   # of operations, by words in the names that torch gives them; the first that fits counts
     "loss": ("log_softmax", "nll_loss"),
     "attention": ("attention", "softmax_backward", "aten::_softmax"),
-    "optimizer": ("adamw", "foreach"),
+    "optimizer": ("adamw", "foreach", "vector_norm"),
     "matrix products": ("::mm", "addmm", "bmm", "linear"),
     "casts and copies": ("copy_", "cat", "_to_copy"),
-    "GELU and LayerNorm": ("gelu", "norm"),
+    "GELU and LayerNorm": ("gelu", "layer_norm"),
 }
 
 
@@ -393,7 +398,7 @@ def products_per_second(dtype, n):
     return 2 * n**3 / min(times({"product": lambda: a @ b}, repeat=5)["product"])
 
 
-def profile(tiny):
+def profile(nanogpt, tiny):
     """Where a training step's time goes, and the least that its matrix products could take"""
     return in_new_process(profile_here, tiny)
 
@@ -430,7 +435,7 @@ def profile_here(tiny):
 PARTS = {"steps": steps, "start": start, "decode": decode, "processes": processes,
          "profile": profile}
 BESIDE_NANOGPT = ("steps", "start")
-WHOLE_COMMANDS = ("start", "processes")   # not made tiny
+WHOLE_COMMANDS = ("start", "processes")   # not made tiny, and on the CPU
 COLUMNS = ("part", "hardware", "work", "who", "unit", "median", "low", "high")
 
 
@@ -470,22 +475,22 @@ def main(argv):
         parts = [part for part in PARTS if not (tiny and part in WHOLE_COMMANDS)]
         if torch.cuda.is_available():
             parts.remove("profile")
+    if keep and tiny:
+        raise InputError("speed: --csv keeps figures, and those of --tiny mean nothing")
     for part in parts:
         if tiny and part in WHOLE_COMMANDS:
             raise InputError(f"speed {part} times whole commands, which are not made tiny")
         if part == "profile" and torch.cuda.is_available():
             raise InputError("speed profile is for CPUs")
-        if keep and tiny:
-            raise InputError("speed: --csv keeps figures, and those of --tiny mean nothing")
         if keep and part in BESIDE_NANOGPT and not nanogpt:
             raise InputError(f"speed {part} --csv needs --nanogpt=FOLDER, a clone of nanoGPT: it "
                              "replaces that comparison")
+        if keep and part == "decode" and not importlib.util.find_spec("transformers"):
+            raise InputError("speed decode --csv replaces the comparison with transformers, which "
+                             "is not installed: pip install -r requirements-dev.txt")
     print_versions()
-    described = hardware() if keep else ""
     for part in parts:
-        if part in BESIDE_NANOGPT:
-            found = PARTS[part](nanogpt, tiny)
-        else:
-            found = PARTS[part](tiny)
+        described = hardware(gpu=part not in WHOLE_COMMANDS) if keep else ""
+        found = PARTS[part](nanogpt, tiny)
         if keep:
             write_csv(part, described, found)

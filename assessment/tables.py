@@ -1,6 +1,6 @@
 """
-The tables of the pages, from results/*.csv. Each is a function without arguments that returns the
-columns and {name of a row: cells}; figures.py puts them into the pages.
+The tables of the pages, from results/. Each of TABLES is a function that returns the columns and
+{name of a row: cells}; figures.py puts them into the pages.
 """
 
 import functools
@@ -8,8 +8,7 @@ import statistics
 
 from assessment import claims
 from assessment.claims import ADAMW_RATES, PARTS, RATES
-from assessment.cost import ATTENTION_LENGTHS, size_of
-from assessment.cost import VARIANTS as SWITCHES
+from assessment.cost import ATTENTION_LENGTHS, SWITCHES, size_of
 from assessment.measure import RESULTS, interval, read_results
 from assessment.small_models import (
     AFTER_CONVERSION,
@@ -24,9 +23,9 @@ from assessment.stretch import METHODS
 from model import GPTConfig
 from plumbing.errors import InputError
 
-VARIANTS = list(claims.VARIANTS)
-SAMPLED = 70   # characters of a text
-TITLES = {name: name for name in VARIANTS} | {"modern": "all three"}
+NAMES = list(claims.VARIANTS)
+TITLES = {name: name for name in NAMES} | {"modern": "all three"}
+SAMPLED = 60   # characters of a text
 
 
 # ----------------------------------------------------------------------------------------------
@@ -50,14 +49,24 @@ def values_of(rows, part, variant, measure="loss", step=None, length=None):
     if len(lengths) > 1:
         raise InputError(f"claims.csv: {part}, {variant}, {measure} at {len(lengths)} lengths")
     values = by_step[max(by_step)] if by_step else {}
-    if len(values) != PARTS[part].seeds:   # a mean over fewer could hide the worst
-        raise InputError(f"claims.csv: {measure} of {part}, {variant}: {len(values)} of "
-                         f"{PARTS[part].seeds} seeds; run python -m assessment claims {part}")
+    seeds = PARTS[part].seeds
+    if len(values) != seeds:   # a mean over fewer could hide the worst
+        raise InputError(f"claims.csv: {measure} of {part}, {variant}: {len(values)} of {seeds} "
+                         f"seeds; run python -m assessment claims --again {part}")
     return values
 
 
+@functools.cache
+def rows_of_claims():
+    for job in claims.with_other_flags(claims.finished()):
+        name = " ".join(map(str, job))
+        raise InputError(f"claims.csv: {name} is missing or has other flags than now: run "
+                         f"python -m assessment claims {job.part}")
+    return read_results("claims.csv")
+
+
 def claimed(*args, **kwargs):
-    return values_of(rows_of("claims.csv"), *args, **kwargs)
+    return values_of(rows_of_claims(), *args, **kwargs)
 
 
 def mean_of(values):
@@ -104,7 +113,7 @@ def mean_and_range(values, spec=".0f", unit="%"):
 # ----------------------------------------------------------------------------------------------
 # Costs
 
-def measured(what, variant, T):
+def row_of_variants(what, variant, T):
     """The row of variants.csv"""
     for row in rows_of("variants.csv"):
         if (row["what"], row["variant"], row["T"]) == (what, variant, str(T)):
@@ -114,32 +123,24 @@ def measured(what, variant, T):
 
 
 def median(what, variant, T):
-    return float(measured(what, variant, T)["median"])
+    return float(row_of_variants(what, variant, T)["median"])
 
 
-def memory(variant, T):
+def step_memory(variant, T):
     """That of a training step, times gpt2's"""
     return f"{median('memory', variant, T) / median('memory', 'gpt2', T):.2f}"
 
 
-def times_as_fast(what, variant, T):
-    """As gpt2: '1.24 ± 0.03'"""
+def ratio(what, variant, T):
+    """How many times as fast as gpt2: '1.24 ± 0.03'"""
     if variant == "gpt2":
         return "1.00"
-    row = measured(what, variant, T)
+    row = row_of_variants(what, variant, T)
     return f"{float(row['times_as_fast']):.2f} ± {float(row['half']):.2f}"
 
 
 def sizes():
     return {name: size_of(GPTConfig(**switches)) for name, switches in SWITCHES.items()}
-
-
-def formulas():
-    """What the scoreboard has at 16,384 tokens, at 1,024"""
-    rows = {}
-    for name, size in sizes().items():
-        rows[TITLES[name]] = [size.flops_1024, size.cache_1024]
-    return ["training FLOPs per token", "cache"], rows
 
 
 SPEEDS = (("prefill", 4096), ("decode", 1024), ("decode", 4096), ("decode 8", 4096))
@@ -150,8 +151,8 @@ def speeds():
                "one token after 1,024", "4,096", "4,096, batch 8"]
     rows = {}
     for name, title in TITLES.items():
-        rows[title] = [times_as_fast("step", name, 2048), memory(name, 2048)]
-        rows[title] += [times_as_fast(what, name, T) for what, T in SPEEDS]
+        rows[title] = [ratio("step", name, 2048), step_memory(name, 2048)]
+        rows[title] += [ratio(what, name, T) for what, T in SPEEDS]
     return columns, rows
 
 
@@ -187,7 +188,8 @@ def speed():
             ratio = 1 / ratio
         cells = []
         for name, row in (("plainGPT", ours), (who.split()[0], theirs)):
-            cells.append(f"{name}: {float(row['median']):,.4g} {row['unit']}")
+            middle, low, high = [f"{float(row[key]):,.4g}" for key in ("median", "low", "high")]
+            cells.append(f"{name}: {middle} {row['unit']} ({low} to {high})")
         rows[work] = [*cells, f"{ratio:.1f}"]
     return ["", "beside", "ratio"], rows
 
@@ -209,7 +211,7 @@ def rates_of(names, optimizer, tried):
 
 
 def rates():
-    return rates_of(VARIANTS, "muon", RATES)
+    return rates_of(NAMES, "muon", RATES)
 
 
 def adamw():
@@ -315,9 +317,9 @@ CONVERSIONS = {
 
 def converted():
     rows = {}
+    last = claimed("heads", "8 heads", "not converted", AFTER_CONVERSION[-1])
     for measure, title in (CONVERSIONS | {"not converted": "8 heads, not converted"}).items():
         losses = [claimed("heads", "8 heads", measure, step) for step in AFTER_CONVERSION]
-        last = claimed("heads", "8 heads", "not converted", AFTER_CONVERSION[-1])
         compared = "" if measure == "not converted" else against(losses[-1], last)
         rows[title] = [*(f"{mean_of(values):.3f}" for values in losses), compared]
     shares = [f"{100 * step // STEPS}%" for step in AFTER_CONVERSION]
@@ -331,11 +333,11 @@ PITFALLS = {
     "gpt2": "ends at its last position",
     "rope": "fails past the trained length",
     "gqa": "converted weights need training",
-    "swa": "sees W back per layer; ends as gpt2",
-    "modern": "a window's and converted heads'",
+    "swa": "sees W - 1 back per layer",
+    "modern": "those of swa and gqa",
 }
 CHALLENGES = {
-    "gpt2": "exact GELU and layouts",
+    "gpt2": "the tanh form of GELU",
     "rope": "float32 angles; keys rotated once, before the cache",
     "gqa": "which heads share",
     "swa": "linear time; a ring of keys",
@@ -350,7 +352,7 @@ QUESTIONS = {   # and the section that answers more
     "Performance: loss after 300 steps": "loss-each-at-its-best-learning-rate",
     "Convergence: loss after 900": "convergence",
     "Text: real words": "quality-of-generated-text",
-    "Long range: recalled, 25 back": "long-range",
+    "Long range: recalled, 49 back": "long-range",
     "Pitfall": "challenges-and-pitfalls",
     "Challenge": "challenges-and-pitfalls",
 }
@@ -371,13 +373,13 @@ def answers(name):
                     against(words, base_words, ".1f")]
     return [
         size.parameters, size.flops_16384, size.cache_16384,
-        times_as_fast("step", name, 2048), times_as_fast("decode 8", name, 4096),
-        *compared, mean_and_range(share_recalled(name, 25)), PITFALLS[name], CHALLENGES[name],
+        ratio("step", name, 2048), ratio("decode 8", name, 4096),
+        *compared, mean_and_range(share_recalled(name, 49)), PITFALLS[name], CHALLENGES[name],
     ]
 
 
 def scoreboard():
-    columns = [answers(name) for name in VARIANTS]
+    columns = [answers(name) for name in NAMES]
     rows = {}
     for (question, section), *cells in zip(QUESTIONS.items(), *columns, strict=True):
         rows[f"[{question}](#{section})"] = cells
@@ -390,13 +392,13 @@ def summary():
     for name, title in TITLES.items():
         size = sizes()[name]
         rows[title] = [
-            size.parameters, size.cache_16384, times_as_fast("step", name, 2048),
-            times_as_fast("decode 8", name, 4096), f"{mean_of(best_rate(name)[1]):.3f}",
+            size.parameters, size.cache_16384, ratio("step", name, 2048),
+            ratio("decode 8", name, 4096), f"{mean_of(best_rate(name)[1]):.3f}",
         ]
     columns = ["parameters", "cache, 16,384 tokens", "training speed", "decoding speed",
                "loss of a small model"]
     return columns, rows
 
 
-TABLES = (summary, scoreboard, formulas, speeds, attention, rates, adamw, factorial, windows,
+TABLES = (summary, scoreboard, speeds, attention, rates, adamw, factorial, windows,
           convergence, text, samples, stretch, recall, heads, converted, speed)

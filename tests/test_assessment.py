@@ -41,7 +41,7 @@ def test_python_m_assessment_lists_its_commands():
     (["cost", "--csv", "--tiny"], "^error: cost: --csv keeps figures"),
     (["speed", "decode", "--csv", "--tiny"], "^error: speed: --csv keeps figures"),
     (["speed", "decode", "start", "--tiny"], "^error: speed start .*not made tiny"),
-    (["speed", "decode", "steps", "--csv"], "^error: speed steps --csv needs --nanogpt=FOLDER"),
+    (["speed", "steps", "--csv"], "^error: speed steps --csv needs --nanogpt=FOLDER"),
 ], ids=["command", "of cost", "of speed", "of claims", "of figures", "of plots", "tiny figures",
         "tiny speeds", "tiny start", "without nanoGPT"])
 def test_wrong_command_or_part_is_one_clear_line_before_anything_is_measured(argv, match):
@@ -55,6 +55,7 @@ def test_wrong_command_or_part_is_one_clear_line_before_anything_is_measured(arg
     ("aten::addmm", "matrix products"),
     ("aten::_fused_adamw_", "optimizer"),
     ("aten::native_layer_norm_backward", "GELU and LayerNorm"),
+    ("aten::linalg_vector_norm", "optimizer"),
 ])
 def test_profile_counts_an_operation_once_under_its_kind(operation, kind):
     assert speed.kind_of(operation) == kind
@@ -62,8 +63,8 @@ def test_profile_counts_an_operation_once_under_its_kind(operation, kind):
 
 def test_speed_keeps_its_figures_beside_those_of_other_parts(monkeypatch):
     monkeypatch.setattr(measure, "RESULTS", Path("results"))
-    monkeypatch.setattr(speed, "hardware", lambda: "this machine")
-    monkeypatch.setitem(speed.PARTS, "profile", lambda tiny: speed.profile_here(tiny=True))
+    monkeypatch.setattr(speed, "hardware", lambda gpu: "this machine")
+    monkeypatch.setitem(speed.PARTS, "profile", lambda nanogpt, tiny: speed.profile_here(tiny=True))
     speed.write_csv("decode", "another", {"decoding": {"plainGPT": ("ms", [3.0, 1.0, 2.0])}})
     for _ in range(2):
         assessment.main(["speed", "profile", "--csv"])

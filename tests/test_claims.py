@@ -226,12 +226,14 @@ def made(monkeypatch):
             raise InputError("the loss is not finite")
         jobs.append(job)
         return [(*job, "flags", 0, 128, claims.recorded(flags)),
+                (*job, "text", 0, 128, claims.hash_of_text(job.data)),
                 (*job, "loss", 300, 128, "1.5000")]
     run.failing = False
     for module in (claims, measure):
         monkeypatch.setattr(module, "RESULTS", Path("results"))
     monkeypatch.setattr(claims, "in_new_process", run)
     monkeypatch.setattr(claims, "prepare_texts", lambda names: None)
+    monkeypatch.setattr(claims, "hash_of_text", lambda data: f"hash of {data}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")   # so that it is as before afterwards
     return jobs, run
 
@@ -262,7 +264,25 @@ def test_run_with_other_flags_than_now_is_made_again(made, monkeypatch):
     monkeypatch.setitem(claims.PARTS, "stretch", part._replace(flags=("--weight_decay=0.2",)))
     run_claims("stretch")
     assert len(jobs) == 3 + 3
-    assert len(measure.read_results("claims.csv")) == 3 * 2
+    assert len(measure.read_results("claims.csv")) == 3 * 3
+    monkeypatch.setattr(claims, "hash_of_text", lambda data: "another text")
+    run_claims("stretch")
+    assert len(jobs) == 3 + 3 + 3
+    run_claims("stretch")
+    assert len(jobs) == 3 + 3 + 3
+
+
+def test_run_that_is_missing_or_has_other_flags_than_now_is_in_no_table(made, monkeypatch):
+    monkeypatch.setattr(claims, "PARTS", {"stretch": claims.PARTS["stretch"]})
+    run_claims("stretch")
+    assert claims.with_other_flags(claims.finished()) == []
+    part = claims.PARTS["stretch"]
+    monkeypatch.setitem(claims.PARTS, "stretch", part._replace(flags=("--weight_decay=0.2",)))
+    assert len(claims.with_other_flags(claims.finished())) == 3
+    with pytest.raises(InputError, match="stretch .* other flags than now: run .* claims stretch"):
+        tables.rows_of_claims.__wrapped__()   # without its cache
+    monkeypatch.setitem(claims.PARTS, "stretch", part._replace(seeds=4))
+    assert [job.seed for job in claims.with_other_flags(claims.finished())] == [4]
 
 
 def test_results_of_one_dtype_only(made, monkeypatch):
@@ -274,7 +294,7 @@ def test_results_of_one_dtype_only(made, monkeypatch):
     path = Path("results/claims.csv")
     assert path.read_text().count("--dtype=bfloat16") == 3 + 9
     path.write_text(path.read_text().replace("--dtype=bfloat16", "--dtype=float32", 1))
-    fails(assessment.__main__, "claims", "windows", match="do not compare: run claims --again")
+    fails(assessment.__main__, "claims", "windows", match="which do not compare")
 
 
 def test_run_that_fails_stops_no_other_and_is_made_again(made, capsys):
@@ -282,7 +302,7 @@ def test_run_that_fails_stops_no_other_and_is_made_again(made, capsys):
     run.failing = True
     fails(assessment.__main__, "claims", "stretch", match="1 of 3 runs failed")
     assert {row["seed"] for row in measure.read_results("claims.csv")} == {"1", "3"}
-    with pytest.raises(InputError, match="2 of 3 seeds; run python -m assessment claims stretch"):
+    with pytest.raises(InputError, match="2 of 3 seeds; run .* claims --again stretch"):
         tables.values_of(measure.read_results("claims.csv"), "stretch", "rope")
     run.failing = False
     run_claims("stretch")
