@@ -136,13 +136,17 @@ def attend(q, k, v, mask=None, causal=False, dropout=0.0):
     """
     B, H, T, D = q.shape
     K = k.shape[1]
-    if T == 1 and mask is None:
-        # One query sees every key. The G heads of a group become G queries of their key/value
-        # head, so that no key is copied: (B,H,1,D) -> (B,K,G,D).
-        y = F.scaled_dot_product_attention(q.reshape(B, K, H // K, D), k, v, dropout_p=dropout)
-        return y.reshape(B, H, T, D)
-    k, v = copy_heads(k, H), copy_heads(v, H)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+    if causal:
+        k, v = copy_heads(k, H), copy_heads(v, H)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    # The G heads of a group become G * T queries of their key/value head, so that no key is copied:
+    # (B,H,T,D) -> (B,K,G*T,D).
+    G = H // K
+    q = q.reshape(B, K, G * T, D)
+    if mask is not None:
+        mask = mask.repeat(G, 1)
+    y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+    return y.reshape(B, H, T, D)
 
 
 def attend_in_blocks(q, k, v, window, dropout=0.0):
@@ -158,11 +162,14 @@ def attend_in_blocks(q, k, v, window, dropout=0.0):
     qs, ks, vs = (x.split(window, dim=2) for x in (q, k, v))     # blocks (B,heads,W,D)
     pos = torch.arange(2 * window, device=q.device)
     mask = visible(pos[window:], pos, window)                    # (W,2W): only distances matter
-    y = [attend(qs[0], ks[0], vs[0], causal=True, dropout=dropout)]
-    for i in range(1, len(qs)):                                  # the last block may be shorter
-        two_k = torch.cat((ks[i - 1], ks[i]), dim=2)             # (B,K,2W,D)
-        two_v = torch.cat((vs[i - 1], vs[i]), dim=2)
-        block_mask = mask[:qs[i].shape[2], :two_k.shape[2]]
+    y = []
+    for i in range(len(qs)):
+        # cat copies the first block, too. As a view it would keep all of k and v for the gradient.
+        two = slice(max(i - 1, 0), i + 1)
+        two_k = torch.cat(ks[two], dim=2)                        # (B,K,2W,D); the first, (B,K,W,D)
+        two_v = torch.cat(vs[two], dim=2)
+        n = qs[i].shape[2]                                       # the last block may be shorter
+        block_mask = mask[:n, window + n - two_k.shape[2]:window + n]
         y.append(attend(qs[i], two_k, two_v, block_mask, dropout=dropout))
     return torch.cat(y, dim=2)
 

@@ -8,6 +8,7 @@ changes nothing but the time.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -305,13 +306,35 @@ def test_blocks_equal_the_mask_forward_and_backward(T, K):
         assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_blocks_under_dropout_have_the_mean_of_those_without():
+def test_blocks_of_grouped_heads_keep_neither_q_nor_k_nor_v_for_the_gradient():
+    q, k, v = (t.requires_grad_() for t in qkv(K=2, T=20, S=20, B=1, H=4, D=4))
+    kept = set()
+
+    def keep(t):
+        kept.add(t.untyped_storage().data_ptr())
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        attend_in_blocks(q, k, v, 6)
+    assert len(kept) > 8   # of four blocks
+    assert not kept & {t.untyped_storage().data_ptr() for t in (q, k, v)}
+
+
+def has_the_mean_of_that_without_dropout(form):
     q, k, v = qkv(K=2, T=20, S=20, B=1, H=2, D=4)
-    expected = attend_in_blocks(q, k, v, 6)
+    expected = form(q, k, v, dropout=0.0)
     many = [t.expand(4000, -1, -1, -1) for t in (q, k, v)]
-    drawn = attend_in_blocks(*many, 6, dropout=0.3)
+    drawn = form(*many, dropout=0.3)
     assert drawn.std(0).min() > 0.01
     assert torch.allclose(drawn.mean(0), expected[0], atol=0.1)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attend_under_dropout_has_the_mean_of_that_without(causal):
+    has_the_mean_of_that_without_dropout(functools.partial(attend, causal=causal))
+
+
+def test_blocks_under_dropout_have_the_mean_of_those_without():
+    has_the_mean_of_that_without_dropout(functools.partial(attend_in_blocks, window=6))
 
 
 @pytest.mark.parametrize("T", [1, 7, 8, 9, 16, 17, 50])

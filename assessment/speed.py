@@ -410,22 +410,23 @@ def profile_here(tiny):
     config = GPTConfig(**shape)
     step = step_as_trained(config, B, T, device, bf16)
     seconds = statistics.median(times({"step": step}, repeat=3)["step"])
+    n = 3
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        step()
+        repeated(step, n)()
     spent = {}
     for event in profiler.key_averages():
         kind = kind_of(event.key)
-        spent[kind] = spent.get(kind, 0) + event.self_cpu_time_total / 1e3
+        spent[kind] = spent.get(kind, 0) + event.self_cpu_time_total / 1e3 / n
     print(f"a training step of {B} x {T} tokens: {1e3 * seconds:,.1f} ms; under the profiler, ms:")
     for kind, ms in sorted(spent.items(), key=lambda item: -item[1]):
         print(f"  {kind:20} {ms:8,.1f}")
     with torch.device("meta"):
         flops = B * T * GPT(config).flops_per_token(1)   # attention's products left out
     dtype = torch.bfloat16 if bf16 else torch.float32
-    n = 64 if tiny else 2048
-    speed = products_per_second(dtype, n)
+    size = 64 if tiny else 2048
+    speed = products_per_second(dtype, size)
     print(f"its products are {flops / 1e9:,.0f} GFLOP; at the {speed / 1e9:,.0f} GFLOP/s of two "
-          f"{n} x {n} matrices they take {1e3 * flops / speed:,.1f} ms")
+          f"{size} x {size} matrices they take {1e3 * flops / speed:,.1f} ms")
     return {"profile": {kind: ("ms", [ms]) for kind, ms in spent.items()}}
 
 

@@ -65,6 +65,7 @@ EXERCISES = {
         [
             "test_attend_is_softmax_by_hand",
             "test_attend_without_a_mask_sees_every_key_of_a_cache",
+            "test_attend_under_dropout_has_the_mean_of_that_without",
             "test_future_never_leaks_into_the_past",
             "test_loss_and_gradients_equal_transformers",
         ],

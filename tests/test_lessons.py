@@ -342,9 +342,9 @@ def test_an_emptied_function_fails_its_tests_and_the_restored_one_passes(name, t
 
 # What a student may write instead, and the test that notices: exercise, old, new, test
 WRONG = [
-    ("attend", "mask, dropout, is_causal=causal)", "mask, dropout)",
+    ("attend", "dropout_p=dropout, is_causal=True)", "dropout_p=dropout)",
      "test_future_never_leaks_into_the_past"),
-    ("attend", "q.reshape(B, K, H // K, D)", "q.reshape(B, H // K, K, D).transpose(1, 2)",
+    ("attend", "q = q.reshape(B, K,", "q = q.unflatten(1, (G, K)).transpose(1, 2).reshape(B, K,",
      "test_attend_without_a_mask_sees_every_key_of_a_cache"),
     ("mlp", 'approximate="tanh"', 'approximate="none"',
      "test_loss_and_gradients_equal_transformers"),
