@@ -98,9 +98,9 @@ def visible(query_pos, key_pos, window):
     """
     Which queries see which keys: positions (T,) and (S,) -> (T,S) bool. window 0 = no limit.
 
-    Two cases satisfy this rule without a mask: causal attention over no more than W tokens
-    (is_causal=True below), and decoding one token, because the cache (below) keeps only what that
-    token may see.
+    Three cases satisfy this rule without a mask: causal attention over no more than W tokens
+    (is_causal=True below), decoding one token, because the cache (below) keeps only what that token
+    may see, and flash attention, which is given the window.
     """
     distance = query_pos[:, None] - key_pos
     if window:
@@ -139,8 +139,8 @@ def attend(q, k, v, mask=None, causal=False, dropout=0.0):
     if causal:
         k, v = copy_heads(k, H), copy_heads(v, H)
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    # The G heads of a group become G * T queries of their key/value head, so that no key is copied:
-    # (B,H,T,D) -> (B,K,G*T,D).
+    # The G heads of a group become G*T queries of their key/value head, so that none is repeated:
+    # (B,H,T,D) -> (B,K,G*T,D). Not above: is_causal would number these queries 0 to G*T - 1.
     G = H // K
     q = q.reshape(B, K, G * T, D)
     if mask is not None:
@@ -164,13 +164,13 @@ def attend_in_blocks(q, k, v, window, dropout=0.0):
     mask = visible(pos[window:], pos, window)                    # (W,2W): only distances matter
     y = []
     for i in range(len(qs)):
-        # cat copies the first block, too. As a view it would keep all of k and v for the gradient.
-        two = slice(max(i - 1, 0), i + 1)
-        two_k = torch.cat(ks[two], dim=2)                        # (B,K,2W,D); the first, (B,K,W,D)
-        two_v = torch.cat(vs[two], dim=2)
-        n = qs[i].shape[2]                                       # the last block may be shorter
-        block_mask = mask[:n, window + n - two_k.shape[2]:window + n]
-        y.append(attend(qs[i], two_k, two_v, block_mask, dropout=dropout))
+        # cat copies the first block, too. As views, it would keep all of k and v for the gradient.
+        near = slice(max(i - 1, 0), i + 1)
+        k_near = torch.cat(ks[near], dim=2)                      # (B,K,S,D): S = W, then 2W
+        v_near = torch.cat(vs[near], dim=2)
+        n, S = qs[i].shape[2], k_near.shape[2]                   # less if the last block is shorter
+        end = window + n                                         # of this block in the mask's keys
+        y.append(attend(qs[i], k_near, v_near, mask[:n, end - S:end], dropout=dropout))
     return torch.cat(y, dim=2)
 
 
@@ -186,7 +186,7 @@ def flash_fits(q, dropout):
 def attend_with_flash(q, k, v, window):
     """
     What attend_in_blocks does, by flash attention (Dao 2023), which skips keys outside the window:
-    q (B,H,T,D), k and v (B,K,T,D) -> (B,H,T,D). It takes the sequences of the batch in a row,
+    q (B,H,T,D), k and v (B,K,T,D) -> (B,H,T,D). It takes the sequences of the batch end to end,
     (B*T,H,D), and the positions where one ends and the next begins.
     """
     from torch.nn.attention.varlen import varlen_attn  # imported here: CPUs do not need it
@@ -265,7 +265,7 @@ class Linear(nn.Linear):
     def in_parts(self, x):
         """
         Some CPU libraries multiply a matrix by one vector in a single thread. As a batch of n
-        products, each with a part of the rows, all threads share it. x: C numbers -> (out,)
+        products, each with a part of the rows, all threads share it. x: (1,1,C) -> (out,)
         """
         n = next(n for n in range(64, 0, -1) if self.out_features % n == 0)
         parts = self.weight.view(n, -1, self.in_features)
@@ -306,7 +306,7 @@ class Attention(nn.Module):
             layer_cache.write(k, v, pos)
             k, v, _ = layer_cache.read()
             y = attend(q, k, v, dropout=dropout)
-        elif has_past:      # a chunk: attend first, for its last tokens evict what the first see
+        elif has_past:      # a chunk: attend, then write: its last tokens evict what its first see
             old_k, old_v, old_pos = layer_cache.read()
             mask = visible(pos, torch.cat((old_pos, pos)), self.window)
             all_k = torch.cat((old_k, k), dim=2)                 # (B,K,S,D)
@@ -409,7 +409,7 @@ class GPT(nn.Module):
         targets  (B,T) int64, the token that follows each one; -1 = ignore this position
         cache    from new_cache(B), for inference only: idx continues what the cache has seen,
                  and is added to it
-        loss_only  True = None for the logits, so that their gradient needs no memory
+        loss_only  True = None for the logits: torch.compile would give them a gradient of zeros
         returns  logits (B,T,V), and the loss: mean cross-entropy in nats per token, None
                  without targets, NaN if all targets are -1
         raises   ValueError for too many tokens, or a cache of another model or batch size
@@ -585,7 +585,7 @@ def keys_per_query(T, W):
     """
     The cost of attention: how many keys are multiplied with one query, on average over a sequence
     of T tokens. Full attention: T, half of them masked. In blocks: W in the first block, 2W in
-    the ones after it, and W + r in a last block of r < W tokens.
+    the ones after it, and W + r in a last block of r < W tokens. (Flash attention skips some.)
     """
     if not 0 < W < T:
         return T

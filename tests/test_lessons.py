@@ -375,7 +375,7 @@ WRONG = [
      "    seen = visible(torch.arange(q.shape[2]), torch.arange(q.shape[2]), window)\n"
      "    return attend(q, k, v, seen, dropout=dropout)\n    qs, ks, vs = (x.split",
      "test_flops_per_token_is_what_torch_counts"),
-    ("blocks", "block_mask, dropout=dropout", "block_mask",
+    ("blocks", "mask[:n, end - S:end], dropout=dropout", "mask[:n, end - S:end]",
      "test_blocks_under_dropout_have_the_mean_of_those_without"),
     ("ring", ".detach().type_as(self.k)", ".type_as(self.k)",
      "test_cache_keeps_no_history_of_gradients"),
