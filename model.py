@@ -164,7 +164,7 @@ def attend_in_blocks(q, k, v, window, dropout=0.0):
     mask = visible(pos[window:], pos, window)                    # (W,2W): only distances matter
     y = []
     for i in range(len(qs)):
-        # cat copies the first block, too. As views, it would keep all of k and v for the gradient.
+        # cat copies the first block, too: a view of it would keep all of k and v for the gradient.
         near = slice(max(i - 1, 0), i + 1)
         k_near = torch.cat(ks[near], dim=2)                      # (B,K,S,D): S = W, then 2W
         v_near = torch.cat(vs[near], dim=2)
@@ -265,7 +265,7 @@ class Linear(nn.Linear):
     def in_parts(self, x):
         """
         Some CPU libraries multiply a matrix by one vector in a single thread. As a batch of n
-        products, each with a part of the rows, all threads share it. x: (1,1,C) -> (out,)
+        products, each with a part of the rows, all threads share it. x: (1,1,in) -> (out,)
         """
         n = next(n for n in range(64, 0, -1) if self.out_features % n == 0)
         parts = self.weight.view(n, -1, self.in_features)

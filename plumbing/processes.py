@@ -29,6 +29,7 @@ reads `rank 1` again and answers again until the new process has written its nam
 
 import json
 import os
+import signal
 import sys
 import time
 import uuid
@@ -279,6 +280,8 @@ def first_to_fail(group, e):
     Called by every process that cannot go on. The first prints why on stderr, and all report that
     line to torchrun, which shows it as the cause.
     """
+    # A process was killed, so torchrun ends this one, too; but not before this line is said.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     line = explain(e)
     try:
         if group.store.add("failed", 1) == 1:

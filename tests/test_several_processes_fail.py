@@ -32,6 +32,8 @@ from helpers import (
 )
 
 import train
+from plumbing import processes
+from plumbing.errors import InputError
 
 # ------------------------------------------------------------------------------------------------
 # One line
@@ -66,6 +68,28 @@ def test_full_disk_on_rank_0_ends_all_and_leaves_the_previous_checkpoint_whole()
     process = torchrun(HERE / "train.py", *TINY, "--init_from=resume")
     fails_at_once(process, "error: cannot save out.best.pt .*untouched")
     assert Path("out/ckpt.pt").read_bytes() == before
+
+
+@needs_linux
+def test_line_is_said_though_torchrun_ends_the_process_meanwhile(capsys):
+    received = []
+
+    class Store:
+        def add(self, key, number):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return 1
+
+        def set(self, key, value):
+            self.why = value.encode()
+
+        def get(self, key):
+            return self.why
+    before = signal.signal(signal.SIGTERM, lambda *args: received.append(args))
+    try:
+        processes.first_to_fail(processes.Group(Store(), 1, 2), InputError("too long"))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [] and capsys.readouterr().err == "error: too long\n"
 
 
 @pytest.mark.parametrize("other_has_one", [False, pytest.param(True, marks=pytest.mark.slow)])
