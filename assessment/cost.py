@@ -38,6 +38,7 @@ SWITCHES = {"gpt2": {}, "rope": ROPE, "gqa": GQA, "swa": SWA, "modern": ROPE | G
 BASE = "gpt2"   # what the ratios in the tables compare with
 
 ATTENTION_LENGTHS = (1024, 2048, 4096, 8192, 16384)   # of attention alone
+CONTEXTS = (256, 1024, 4096)   # before the tokens that are timed, on a CPU
 TOKENS_TIMED = 25           # one more token, so many times ...
 ROOM = 2 * TOKENS_TIMED     # ... each after a token that is not counted
 TINY_VOCABULARY = 64
@@ -163,7 +164,7 @@ def measure_models(configs, device, bf16, tiny):
         T, contexts = 4096, (256, 1024, 4096, 16384, 32768)
         size = "GPT-2 124M"
     else:
-        T, contexts = 2048, (256, 1024, 4096)
+        T, contexts = 2048, CONTEXTS
         size = "four blocks of GPT-2, vocabulary 4,096"
         configs = {name: four_blocks(config) for name, config in configs.items()}
     measured = measure_training(configs, T, device, bf16)

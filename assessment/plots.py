@@ -4,8 +4,8 @@ colour and the same marker; other curves borrow them. So the pictures can also b
 """
 
 from assessment.claims import RATES
-from assessment.cost import SWITCHES, cache_bytes
-from assessment.measure import HERE, read_results
+from assessment.cost import ATTENTION_LENGTHS, CONTEXTS, SWITCHES, cache_bytes
+from assessment.measure import HERE
 from assessment.small_models import (
     AFTER_CONVERSION,
     EVERY,
@@ -26,6 +26,7 @@ from assessment.tables import (
     claimed,
     difference,
     mean_of,
+    milliseconds,
     share_recalled,
 )
 from model import GPTConfig
@@ -40,19 +41,6 @@ STYLE = {
     "modern": ("#d62728", "v", (0, (5, 1, 1, 1, 1, 1))),
     "masked": ("#999999", "x", (0, (1, 1))),
 }
-
-
-def medians(what, variant, scale=1.0):
-    """Rows of variants.csv -> {T: median}"""
-    points = {}
-    for row in read_results("variants.csv"):
-        if row["what"] == what and row["variant"] == variant:
-            points[int(row["T"])] = scale * float(row["median"])
-    if not points:
-        raise InputError(
-            f"results/variants.csv has no {what} of {variant}: run python -m assessment cost --csv"
-        )
-    return points
 
 
 # ----------------------------------------------------------------------------------------------
@@ -130,23 +118,25 @@ def draw_cost():
         ("tokens of context", "cache of GPT-2 124M in float32, MB"),
         ("tokens of context", "one more token, four blocks, ms"),
     )
-    line(attention, "full", medians("attention", "full", 1e3), "gpt2")
-    line(attention, "masked: W = 256", medians("attention", "masked", 1e3), "masked")
-    line(attention, "in blocks: W = 256", medians("attention", "blocks", 1e3), "swa")
+    line(attention, "full", milliseconds("attention", "full", ATTENTION_LENGTHS), "gpt2")
+    line(attention, "masked: W = 256",
+         milliseconds("attention", "masked", ATTENTION_LENGTHS[:-1]), "masked")
+    line(attention, "in blocks: W = 256",
+         milliseconds("attention", "blocks", ATTENTION_LENGTHS), "swa")
     logarithmic_x(attention, (1024, 4096, 16384))
     logarithmic_y(attention, (10, 100, 1000, 10000))
     attention.legend()
 
     lengths = [2**n for n in range(8, 16)]
     for name, switches in SWITCHES.items():
-        line(speed, TITLES[name], medians("decode", name, 1e3), name)
+        line(speed, TITLES[name], milliseconds("decode", name, CONTEXTS), name)
         if name != "rope":   # its cache is gpt2's
             line(size, "gpt2, rope" if name == "gpt2" else TITLES[name],
                  {n: cache_bytes(GPTConfig(**switches), n) / 1e6 for n in lengths}, name)
     logarithmic_x(size, lengths[::2])
     logarithmic_y(size, (10, 100, 1000))
     size.legend()
-    logarithmic_x(speed, sorted(medians("decode", "gpt2")))
+    logarithmic_x(speed, CONTEXTS)
     speed.set_ylim(bottom=0)
     speed.legend()
     save(fig, "cost")

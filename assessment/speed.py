@@ -445,15 +445,29 @@ def write_csv(part, described, found):
     rows = [tuple(row.values()) for row in read_results("speed.csv") if row["part"] != part]
     for work, runs in found.items():
         for who, (unit, values) in runs.items():
-            middle, low, high = statistics.median(values), min(values), max(values)
-            numbers = [f"{x:.6g}" for x in (middle, low, high)]
-            row = (part, described, work, who, unit, *numbers)
-            rows.append(row)
+            numbers = statistics.median(values), min(values), max(values)
+            rows.append((part, described, work, who, unit, *(f"{x:.6g}" for x in numbers)))
     write_results("speed.csv", COLUMNS, rows)
 
 
-def main(argv):
-    parts = []
+def obstacle(part, nanogpt, tiny, keep):
+    """Why a part cannot be measured so, or None"""
+    if tiny and part in WHOLE_COMMANDS:
+        return f"speed {part} times whole commands, which are not made tiny"
+    if part == "profile" and torch.cuda.is_available():
+        return "speed profile is for CPUs"
+    if keep and part in BESIDE_NANOGPT and not nanogpt:
+        return (f"speed {part} --csv needs --nanogpt=FOLDER, a clone of nanoGPT: it replaces that "
+                "comparison")
+    if keep and part == "decode" and not importlib.util.find_spec("transformers"):
+        return ("speed decode --csv replaces the comparison with transformers, which is not "
+                "installed: pip install -r requirements-dev.txt")
+    return None
+
+
+def read_command_line(argv):
+    """-> the parts to measure, nanoGPT's folder or None, tiny, keep"""
+    named = []
     nanogpt = None
     tiny = keep = False
     for word in argv:
@@ -462,7 +476,7 @@ def main(argv):
             if not (nanogpt / "model.py").exists():
                 raise InputError(f"{word}: no model.py there; give a clone of nanoGPT's repository")
         elif word in PARTS:
-            parts.append(word)
+            named.append(word)
         elif word == "--tiny":
             tiny = True
         elif word == "--csv":
@@ -472,23 +486,22 @@ def main(argv):
                 f"speed {word}: unknown; choose from {', '.join(PARTS)}, or name none to run all; "
                 "--nanogpt=FOLDER is a clone of nanoGPT; --csv keeps the figures"
             )
-    if not parts:
-        parts = [part for part in PARTS if not (tiny and part in WHOLE_COMMANDS)]
-        if torch.cuda.is_available():
-            parts.remove("profile")
     if keep and tiny:
         raise InputError("speed: --csv keeps figures, and those of --tiny mean nothing")
-    for part in parts:
-        if tiny and part in WHOLE_COMMANDS:
-            raise InputError(f"speed {part} times whole commands, which are not made tiny")
-        if part == "profile" and torch.cuda.is_available():
-            raise InputError("speed profile is for CPUs")
-        if keep and part in BESIDE_NANOGPT and not nanogpt:
-            raise InputError(f"speed {part} --csv needs --nanogpt=FOLDER, a clone of nanoGPT: it "
-                             "replaces that comparison")
-        if keep and part == "decode" and not importlib.util.find_spec("transformers"):
-            raise InputError("speed decode --csv replaces the comparison with transformers, which "
-                             "is not installed: pip install -r requirements-dev.txt")
+    parts = []
+    for part in named or PARTS:
+        why_not = obstacle(part, nanogpt, tiny, keep)
+        if not why_not:
+            parts.append(part)
+        elif named:
+            raise InputError(why_not)
+        else:
+            print(f"left out: {why_not}")
+    return parts, nanogpt, tiny, keep
+
+
+def main(argv):
+    parts, nanogpt, tiny, keep = read_command_line(argv)
     print_versions()
     for part in parts:
         described = hardware(gpu=part not in WHOLE_COMMANDS) if keep else ""

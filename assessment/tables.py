@@ -126,6 +126,11 @@ def median(what, variant, T):
     return float(row_of_variants(what, variant, T)["median"])
 
 
+def milliseconds(what, variant, lengths):
+    """{T: median}"""
+    return {T: 1e3 * median(what, variant, T) for T in lengths}
+
+
 def step_memory(variant, T):
     """That of a training step, times gpt2's"""
     return f"{median('memory', variant, T) / median('memory', 'gpt2', T):.2f}"
