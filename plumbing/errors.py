@@ -59,7 +59,8 @@ def explain(e):
         return NOT_ENOUGH_MEMORY
     if "probability tensor contains" in str(e):   # torch.multinomial
         return "error: what the model computes is not finite: its weights are damaged or diverged"
-    if isinstance(e, dist.DistNetworkError) or re.search(PEER_LOST, str(e)):
+    is_gone = isinstance(e, (dist.DistNetworkError, dist.DistStoreError))
+    if is_gone or re.search(PEER_LOST, str(e)):
         return (
             f"error: another process is gone ({first_line(e):.200}); continue from the last "
             "checkpoint with --init_from=auto"

@@ -2,8 +2,8 @@
 Several processes: start together, decide together, end together.
 
 Tensors travel by torch.distributed. Errors, and decisions that may take long, travel by the store:
-a table of keys and values that torchrun keeps and every process reads and writes. Waiting for them
-has no time limit, and a process that waits notices when another one fails.
+a table of keys and values that torchrun keeps and every process reads and writes. Once all have
+met, waiting for them has no time limit, and a process that waits notices when another one fails.
 
 torchrun (2.13) keeps its store when it restarts failed processes (pytorch/pytorch#135712), and with
 it the addresses of the dead ones. So the processes of every start first agree on a fresh prefix for
@@ -14,7 +14,7 @@ all other keys: a random name, here 5f, that rank 0 gives itself. Rank 1's is a0
                              rank 1: a0          <--   writes its name
     reads it           <--
     answers with 5f    -->   name for a0: 5f     -->   waits for the answer to its own name
-    sees all confirm   <--   5f reached 1: -     <--   confirms
+    sees all confirm   <--   5f reached 1: ""    <--   confirms
 
 If `rank 1` still holds the name of a dead process, nobody confirms rank 0's answer to it; rank 0
 reads `rank 1` again and answers again until the new process has written its name there.
@@ -24,7 +24,7 @@ reads `rank 1` again and answers again until the new process has written its nam
     call 7, turn 0            the same, in the 7th call of rank0_first or decide_on_rank0
     call 8                    what rank 0 decided, as JSON
     failed                    number of processes that have failed
-    why                       one line from the first of them; all report it to torchrun
+    why                       what the first of them says; all report it to torchrun
 """
 
 import json
@@ -70,7 +70,8 @@ class Group:
 def joined():
     """
     `with joined() as group`: outside torchrun, Group() and nothing else. Under torchrun the
-    processes meet, and each ends with the block, with status 1 if any failed; no code runs after.
+    processes meet, and the end of the block is the end of this process: nothing after it runs,
+    neither here nor in a caller. Its exit status is 1 if any process failed, else 0.
     """
     if "RANK" not in os.environ:
         yield Group()
@@ -110,8 +111,9 @@ def join():
     # without names torch makes a backend for only one of them.
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
-    # The others wait while rank 0 writes a checkpoint, to a slow disk longer than the default 10
-    # minutes of NCCL. They need no limit: when a process fails, torchrun ends all.
+    # The others wait while rank 0 writes a checkpoint. To a slow disk that may take longer than
+    # NCCL's default of 10 minutes. Two hours are as good as no limit: when a process fails,
+    # torchrun ends all.
     dist.init_process_group(backend, store=store, rank=rank, world_size=world,
                             timeout=timedelta(hours=2))
     if rank > 0:
@@ -151,16 +153,6 @@ def leave(status):
         os._exit(status)
 
 
-def make_copies_equal(model, mesh):
-    """
-    Several machines begin with the weights of the first: those that machines of other kinds build
-    may differ in their last bits. (DDP sees to this by itself.)
-    """
-    if mesh.ndim == 2:
-        for p in model.parameters():
-            dist.broadcast(p.data.to_local(), group=mesh.get_group("copies"), group_src=0)
-
-
 def wait_until(group, condition):
     """Poll condition() until it is true; InputError if another process fails meanwhile."""
     while not condition():
@@ -177,7 +169,7 @@ def wait_for_all(group, where):
     It only counts in the store: a barrier has a time limit and needs all connections intact.
     """
     group.store.add(where, 1)
-    wait_until(group, lambda: group.store.add(where, 0) >= group.world)
+    wait_until(group, lambda: group.store.add(where, 0) >= group.world)   # adding 0 reads it
 
 
 def rank0_first(group, work):
@@ -217,21 +209,21 @@ def decide_on_rank0(group, work):
 
 def all_reduce(value, op=dist.ReduceOp.SUM):
     """
-    The sum (or another op) of a number or bool over all processes. It is sent from the CPU, so that
-    nobody waits for a GPU.
+    The sum (or another op) of a number or bool over all processes, as a float; of one process, its
+    value as it is. It is sent from the CPU, so that nobody waits for a GPU.
     """
     if not dist.is_initialized():
         return value
-    total = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(total, op)
-    return total.item()
+    result = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(result, op)
+    return result.item()
 
 
 class AnyRank:
     """
     Whether any process has raised a flag. send() starts an all-reduce that goes on during the next
     step, and read() returns its result: the answer is one step old, but nobody waits for it. (With
-    16 processes on one machine that would be 5 ms a step.) A process alone gets its own flags.
+    16 processes on one machine, waiting takes 5 ms a step.) A process alone gets its own flags.
     """
 
     def __init__(self):
@@ -275,12 +267,22 @@ def mesh_of_processes(device_type):
     return dist.init_device_mesh(device_type, (world,), mesh_dim_names=("shards",))
 
 
+def make_copies_equal(model, mesh):
+    """
+    If there are copies, give each the weights of the first: on machines of other kinds they may
+    have been built with other last bits. (DDP sees to this by itself.)
+    """
+    if mesh.ndim == 2:
+        for p in model.parameters():
+            dist.broadcast(p.data.to_local(), group=mesh.get_group("copies"), group_src=0)
+
+
 def first_to_fail(group, e):
     """
     Called by every process that cannot go on. The first prints why on stderr, and all report that
-    line to torchrun, which shows it as the cause.
+    to torchrun, which shows it as the cause.
     """
-    # A process was killed, so torchrun ends this one, too; but not before this line is said.
+    # If another process was killed, torchrun ends this one by SIGTERM; but this must be said first.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     line = explain(e)
     try:
@@ -288,5 +290,6 @@ def first_to_fail(group, e):
             print(line, file=sys.stderr)
             group.store.set("why", line)
         report(group.store.get("why").decode())
-    except RuntimeError:   # the store is gone, and with it the process that kept it
+    except RuntimeError:
+        # The store is gone with the process that kept it, or the first to fail said nothing.
         print(line, file=sys.stderr)

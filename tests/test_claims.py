@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from assessment.writing import text_quality
 from model import GPT, GPTConfig
 from plumbing.errors import InputError
 from plumbing.run_folder import locked
+from prepare_data import prepare_text
 
 SHAPE = {"block_size": 64, "vocab_size": 17, "n_layer": 2, "n_head": 2, "n_embd": 32}
 
@@ -270,6 +272,35 @@ def test_run_with_other_flags_than_now_is_made_again(made, monkeypatch):
     assert len(jobs) == 3 + 3 + 3
     run_claims("stretch")
     assert len(jobs) == 3 + 3 + 3
+
+
+def test_rows_are_in_the_order_of_the_parts_and_those_of_no_part_come_last(made):
+    gone = claims.Job("gone", "shakespeare", "rope", 1)
+    claims.write_rows({gone: [(*gone, "loss", 300, 128, "1.5000")]})
+    run_claims("recall")
+    run_claims("stretch")
+    parts = [row["part"] for row in measure.read_results("claims.csv")]
+    assert list(dict.fromkeys(parts)) == ["stretch", "recall", "gone"]
+
+
+def test_changed_text_has_another_hash():
+    hashes = []
+    for text in ("a text", "a text\n"):
+        Path("text.txt").write_text(50 * text)
+        prepare_text(Path("data/mine"), [Path("text.txt")], "char")
+        hashes.append(claims.hash_of_text("mine"))
+    assert len(set(hashes)) == 2 and all(re.fullmatch("[0-9a-f]{8}", found) for found in hashes)
+
+
+def test_texts_are_prepared_where_they_are_missing_and_that_of_recall_always(monkeypatch):
+    prepared = []
+    monkeypatch.setattr(claims, "prepare", prepared.append)
+    monkeypatch.setattr(claims, "prepare_text", lambda folder, *rest: prepared.append(folder.name))
+    for name in ("recall", "shakespeare"):
+        Path("data", name).mkdir()
+        Path("data", name, "meta.json").write_text("{}")
+    claims.prepare_texts(["recall", "shakespeare", "stdlib"])
+    assert prepared == ["recall", "stdlib"]
 
 
 def test_run_that_is_missing_or_has_other_flags_than_now_is_in_no_table(made, monkeypatch):

@@ -1,4 +1,4 @@
-"""train.py, but the fifth training step goes wrong on rank 1 alone; the first argument says how."""
+"""train.py, but the fifth training call of rank 1's model goes wrong; argument 1 says how."""
 
 import os
 import sys
