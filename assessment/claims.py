@@ -41,12 +41,18 @@ from prepare_data import prepare, prepare_text
 # length: tokens read at once; of recall, how far back; 0 if neither
 COLUMNS = ("part", "data", "variant", "seed", "measure", "step", "length", "value")
 
-ROPE = ["--use_rope"]
-GQA = ["--use_gqa", "--n_kv_head=2"]
-SWA = ["--use_swa", "--window_size=32"]
+ROPE_FLAGS = ["--use_rope"]
+GQA_FLAGS = ["--use_gqa", "--n_kv_head=2"]
+SWA_FLAGS = ["--use_swa", "--window_size=32"]
 RATES = ("5e-3", "1e-2", "1.5e-2", "2e-2", "3e-2", "5e-2")   # with Muon
 ADAMW_RATES = ("2e-3", "4e-3", "8e-3")
-VARIANTS = {"gpt2": [], "rope": ROPE, "gqa": GQA, "swa": SWA, "modern": ROPE + GQA + SWA}
+VARIANTS = {
+    "gpt2": [],
+    "rope": ROPE_FLAGS,
+    "gqa": GQA_FLAGS,
+    "swa": SWA_FLAGS,
+    "modern": ROPE_FLAGS + GQA_FLAGS + SWA_FLAGS,
+}
 
 
 class Job(NamedTuple):
@@ -92,27 +98,27 @@ def factorial():
     return found
 
 
-WINDOWS = {
+WINDOWS = {   # full attention and a window of 32 are in rates
     "8": ["--use_swa", "--window_size=8"],
     "growing": ["--use_swa", "--window_size=(8,24,40,56)"],
     "shrinking": ["--use_swa", "--window_size=(56,40,24,8)"],
 }
 HEADS = {f"{n} heads": [] if n == 8 else ["--use_gqa", f"--n_kv_head={n}"] for n in (8, 4, 2, 1)}
 RECALLING = VARIANTS | {
-    "rope, window 16": [*ROPE, "--use_swa", "--window_size=16"],
-    "rope, windows 4 full 4 full": [*ROPE, "--use_swa", "--window_size=(4,0,4,0)"],
-    "rope, 1 of 8 heads": [*ROPE, "--use_gqa", "--n_kv_head=1"],
+    "rope, window 16": [*ROPE_FLAGS, "--use_swa", "--window_size=16"],
+    "rope, windows 4 full 4 full": [*ROPE_FLAGS, "--use_swa", "--window_size=(4,0,4,0)"],
+    "rope, 1 of 8 heads": [*ROPE_FLAGS, "--use_gqa", "--n_kv_head=1"],
 }
 TEXTS_OF_1024 = ("--block_size=1024", "--batch_size=2", "--micro_batch_size=2")
-THREE_TIMES = (f"--max_iters={LONG_STEPS}",)
+LONG = (f"--max_iters={LONG_STEPS}",)
 PARTS = {
     "rates": Part("shakespeare", rates()),
     "factorial": Part("stdlib", factorial(), flags=TEXTS_OF_1024),
     "windows": Part("shakespeare", WINDOWS),
-    "stretch": Part("shakespeare", {"rope": ROPE}, look=losses_at_other_lengths),
-    "recall": Part("recall", RECALLING, flags=THREE_TIMES, look=share_recalled),
+    "stretch": Part("shakespeare", {"rope": ROPE_FLAGS}, look=losses_at_other_lengths),
+    "recall": Part("recall", RECALLING, flags=LONG, look=share_recalled),
     "heads": Part("shakespeare", HEADS, seeds=8, look=losses_after_conversion),
-    "text": Part("shakespeare", VARIANTS, flags=THREE_TIMES, look=quality_of_texts),
+    "text": Part("shakespeare", VARIANTS, flags=LONG, look=quality_of_texts),
 }
 
 
@@ -174,8 +180,11 @@ def value_of(rows, measure):
     return ""
 
 
-def with_other_flags(results):
-    """The jobs of PARTS that results have not, or with other flags than now"""
+def missing_or_changed(results):
+    """
+    The jobs of PARTS that results have not, or with other flags than now. (The texts need not be
+    on this machine.)
+    """
     jobs = jobs_of(PARTS, dtype_of(results))
     return [job for job, flags in jobs.items()
             if value_of(results.get(job, []), "flags") != recorded(flags)]
@@ -199,8 +208,8 @@ def write_rows(results):
 
 def run_all(jobs, results):
     """
-    Run {Job: flags}, one per thread at a time. Their rows go into results and claims.csv as they
-    come. A job that fails stops no other.
+    Run {Job: flags}, as many at once as torch has threads, with one thread each. Their rows go into
+    results and claims.csv as they come. A job that fails stops no other.
     """
     failed = 0
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -218,13 +227,14 @@ def run_all(jobs, results):
                     failed += 1
                     continue
                 write_rows(results)
-                losses = [row[-1] for row in results[job] if "loss" in row]
-                print(f"{name}: {losses[-1]}")
+                losses = [row for row in results[job] if row[COLUMNS.index("measure")] == "loss"]
+                print(f"{name}: loss {losses[-1][-1]}")
         finally:
-            pool.shutdown(cancel_futures=True)   # Ctrl-C reaches the jobs under way, too
+            # After Ctrl-C, which the jobs under way have received as well: start no more.
+            pool.shutdown(cancel_futures=True)
     if failed:
-        raise InputError(f"{failed} of {len(jobs)} runs failed: the lines above say why; the same "
-                         "command without --again makes them again, and no others")
+        raise InputError(f"{failed} of {len(jobs)} runs failed: the lines above say why; what "
+                         "results/claims.csv had of them is as it was")
 
 
 def prepare_texts(names):
@@ -250,7 +260,7 @@ def dtype_of(results, otherwise="bfloat16"):
         used |= {flag for flag in flags if flag.startswith("--dtype=")}
     if len(used) > 1:
         raise InputError("claims.csv has runs in bfloat16 and in float32, which do not compare: "
-                         "remove those of one kind")
+                         "remove those of one kind, or make all of those parts --again")
     return used.pop().removeprefix("--dtype=") if used else otherwise
 
 
@@ -266,15 +276,15 @@ def main(argv):
     cpu_only()
     _, bf16, line = machine()
     print(line)
-    with locked(RESULTS, "another claims writes to {}: wait for its end"):
+    with locked(RESULTS, "another `assessment claims` is writing to {}: wait for its end"):
         results = finished()
-        if "--again" in argv:
-            results = {job: rows for job, rows in results.items() if job.part not in names}
-        dtype = dtype_of(results, "bfloat16" if bf16 else "float32")
+        again = names if "--again" in argv else []
+        others = {job: rows for job, rows in results.items() if job.part not in again}
+        dtype = dtype_of(others, "bfloat16" if bf16 else "float32")
         prepare_texts(sorted({PARTS[name].data for name in names}))
         jobs = {}
         for job, flags in jobs_of(names, dtype).items():
-            rows = results.get(job, [])
+            rows = others.get(job, [])
             now = recorded(flags), hash_of_text(job.data)
             if (value_of(rows, "flags"), value_of(rows, "text")) != now:
                 jobs[job] = flags

@@ -1,10 +1,12 @@
 """
 Draws assessment/*.png from results/*.csv. One idea per picture. A variant always has the same
-colour and the same marker; other curves borrow them. So the pictures can also be read in grey.
+colour and, so that pictures can be read in grey, the same marker; other curves borrow them.
 """
 
+from functools import partial
+
 from assessment.claims import RATES
-from assessment.cost import ATTENTION_LENGTHS, CONTEXTS, SWITCHES, cache_bytes
+from assessment.cost import ATTENTION_LENGTHS, CONTEXTS, SWITCHES, WINDOW, cache_bytes
 from assessment.measure import HERE
 from assessment.small_models import (
     AFTER_CONVERSION,
@@ -26,8 +28,8 @@ from assessment.tables import (
     claimed,
     difference,
     mean_of,
-    milliseconds,
-    share_recalled,
+    medians_ms,
+    percent_recalled,
 )
 from model import GPTConfig
 from plumbing.errors import InputError
@@ -118,18 +120,18 @@ def draw_cost():
         ("tokens of context", "cache of GPT-2 124M in float32, MB"),
         ("tokens of context", "one more token, four blocks, ms"),
     )
-    line(attention, "full", milliseconds("attention", "full", ATTENTION_LENGTHS), "gpt2")
-    line(attention, "masked: W = 256",
-         milliseconds("attention", "masked", ATTENTION_LENGTHS[:-1]), "masked")
-    line(attention, "in blocks: W = 256",
-         milliseconds("attention", "blocks", ATTENTION_LENGTHS), "swa")
+    line(attention, "full", medians_ms("attention", "full", ATTENTION_LENGTHS), "gpt2")
+    line(attention, f"masked: W = {WINDOW}",   # the longest mask was not measured: see cost.py
+         medians_ms("attention", "masked", ATTENTION_LENGTHS[:-1]), "masked")
+    line(attention, f"in blocks: W = {WINDOW}",
+         medians_ms("attention", "blocks", ATTENTION_LENGTHS), "swa")
     logarithmic_x(attention, (1024, 4096, 16384))
     logarithmic_y(attention, (10, 100, 1000, 10000))
     attention.legend()
 
     lengths = [2**n for n in range(8, 16)]
     for name, switches in SWITCHES.items():
-        line(speed, TITLES[name], milliseconds("decode", name, CONTEXTS), name)
+        line(speed, TITLES[name], medians_ms("decode", name, CONTEXTS), name)
         if name != "rope":   # its cache is gpt2's
             line(size, "gpt2, rope" if name == "gpt2" else TITLES[name],
                  {n: cache_bytes(GPTConfig(**switches), n) / 1e6 for n in lengths}, name)
@@ -142,16 +144,24 @@ def draw_cost():
     save(fig, "cost")
 
 
+def differences(places, new, old):
+    """new(place) and old(place) -> {seed: loss}. -> {place: mean}, {place: half of its interval}"""
+    means, halves = {}, {}
+    for place in places:
+        means[place], halves[place] = difference(new(place), old(place))
+    return means, halves
+
+
 def against_gpt2(ax, losses, places, apart):
     """
     A line with intervals for each other variant. losses(variant, place) -> {seed: loss}; apart: by
     how much the lines are shifted, so that their bars do not hide each other
     """
-    for i, name in enumerate(NAMES[1:]):
-        means, halves = {}, {}
-        for place in places:
-            means[place], halves[place] = difference(losses(name, place), losses("gpt2", place))
-        line(ax, TITLES[name], means, name, halves, shift=apart * (i - 1.5))
+    variants = NAMES[1:]
+    for i, name in enumerate(variants):
+        means, halves = differences(places, partial(losses, name), partial(losses, "gpt2"))
+        shift = apart * (i - (len(variants) - 1) / 2)
+        line(ax, TITLES[name], means, name, halves, shift)
     ax.axhline(0, color=STYLE["gpt2"][0], linewidth=1)
     ax.legend(ncols=2)
 
@@ -188,11 +198,11 @@ STYLE_OF_METHOD = {   # borrowed
 
 
 def draw_stretch():
-    """One panel at once, one after 30 more steps, with the same axes"""
+    """One panel before further training, one after it, with the same axes"""
     fig, *panels = figure(
         f"RoPE, trained on {TRAINED} characters: the same 64 characters, after more and more text",
-        ("characters read at once", "their loss, at once"),
-        ("characters read at once", f"after {FURTHER_STEPS} steps on {FURTHER}"),
+        ("characters read together", "their loss, without further training"),
+        ("characters read together", f"after {FURTHER_STEPS} more steps, on {FURTHER}"),
     )
     for ax, step in zip(panels, (STEPS, STEPS + FURTHER_STEPS), strict=True):
         for method in METHODS:
@@ -214,7 +224,7 @@ def draw_recall():
         ("step", "validation loss"),
     )
     for variant in NAMES:
-        shares = {n + 1: mean_of(share_recalled(variant, n + 1)) for n in REPEATED}
+        shares = {n + 1: mean_of(percent_recalled(variant, n + 1)) for n in REPEATED}
         line(right, TITLES[variant], shares, variant)
         steps = {step: mean_of(claimed("recall", variant, step=step))
                  for step in range(EVERY, LONG_STEPS + 1, EVERY)}
@@ -235,19 +245,20 @@ def draw_heads():
         ("key/value heads", "loss minus that of 8 heads"),
         ("steps of training after conversion", "loss minus the unconverted model's"),
     )
-    base = claimed("heads", "8 heads")
-    means, halves = {}, {}
-    for n in (4, 2, 1):
-        means[n], halves[n] = difference(claimed("heads", f"{n} heads"), base)
+
+    def trained(n):
+        return claimed("heads", f"{n} heads")
+
+    def continued(how, step):
+        return claimed("heads", "8 heads", how, step)
+    means, halves = differences((4, 2, 1), trained, lambda n: trained(8))
     line(heads, None, means, "gqa", halves)
     heads.axhline(0, color=STYLE["gpt2"][0], linewidth=1)
     logarithmic_x(heads, (1, 2, 4))
-    for (measure, label), style in zip(CONVERSIONS.items(), NAMES[1:], strict=True):
-        means, halves = {}, {}
-        for step in AFTER_CONVERSION[1:]:
-            means[step], halves[step] = difference(
-                claimed("heads", "8 heads", measure, step),
-                claimed("heads", "8 heads", "not converted", step))
+    unconverted = partial(continued, "not converted")
+    for (how, label), style in zip(CONVERSIONS.items(), NAMES[1:], strict=True):   # borrowed
+        # not at step 0, which is so far off that the others would lie on one line
+        means, halves = differences(AFTER_CONVERSION[1:], partial(continued, how), unconverted)
         line(steps, label, means, style, halves)
     steps.axhline(0, color=STYLE["gpt2"][0], linewidth=1)
     steps.legend(fontsize=8)

@@ -1,8 +1,9 @@
 """
 How fast it is: training steps, start-up, decoding, several processes, and a profile.
 
-Each part is a function of the folder of nanoGPT's clone, or None, and of whether it is to be tiny,
-to see that it works; it prints, and returns {work: {who: (unit, values)}}.
+Each part is called as part(nanogpt, tiny), prints, and returns {work: {who: (unit, values)}}.
+nanogpt is the folder of its clone, or None; tiny asks for a small model, only to see that the part
+works. A part ignores what it does not need.
 """
 
 import importlib.util
@@ -144,7 +145,7 @@ def prints(text):
 def seconds_until(reached, folder, command):
     """Run a training command in folder -> seconds until reached(one of its lines) is true"""
     with tempfile.TemporaryDirectory() as out:
-        start = time.perf_counter()
+        began = time.perf_counter()
         process = subprocess.Popen(
             [sys.executable, *command, f"--out_dir={out}"],
             cwd=folder,
@@ -157,7 +158,7 @@ def seconds_until(reached, folder, command):
         try:
             for line in process.stdout:
                 if reached(line):
-                    return time.perf_counter() - start
+                    return time.perf_counter() - began
         finally:
             process.kill()
             process.wait()
@@ -227,16 +228,16 @@ def generation(bytes_per_second, device, config, n):
         last = list(taken.values())[-1]
         limit = bytes_per_second / (model.num_params() * dtype.itemsize)
         dtype_name = str(dtype).removeprefix("torch.")
-        work = {}
-        found[f"greedy decoding, {dtype_name}"] = work
+        by_name = {}
         for name, seconds in taken.items():
             speeds = [n / s for s in seconds]
             share = statistics.median(speeds) / limit
-            work[name] = ("tokens/s", speeds)
+            by_name[name] = ("tokens/s", speeds)
             print(
                 f"  {dtype_name:9}{name:22} {spread(speeds, '.1f', ' tokens/s')}, {share:.0%}, "
-                f"{times_as_fast(seconds, last):.2f} times the last"
+                f"{times_as_fast(seconds, last):.2f} times as fast as the last"
             )
+        found[f"greedy decoding, {dtype_name}"] = by_name
     return found
 
 
@@ -264,8 +265,8 @@ def decode(nanogpt, tiny):
     n = 8 if tiny else NEW_TOKENS
     bytes_per_second = memory_speed(device, 10**6) if tiny else memory_speed(device)
     print(
-        f"reading memory: {bytes_per_second / 1e9:.1f} GB/s. GPT-2 124M, greedy, a prompt of 16 "
-        f"tokens, {n} new ones; share of what reading the weights alone would allow"
+        f"reading memory: {bytes_per_second / 1e9:.1f} GB/s. Greedy, a prompt of 16 tokens, {n} "
+        f"new ones; share of what reading the weights alone would allow"
     )
     found = generation(bytes_per_second, device, config, n)
     if tiny:
@@ -321,7 +322,8 @@ def run_in_mode(program, mode, flags, folder):
         encoding="utf-8",
     )
     if done.returncode:
-        raise InputError(f"{mode} failed: {done.stderr.strip()}")
+        print(done.stderr, file=sys.stderr)
+        raise InputError(f"{mode} failed: what it said stands above")
     return done.stdout
 
 
@@ -336,12 +338,13 @@ def tokens_per_second(mode, flags, folder):
     return float(re.findall(r"([\d,]+) tokens/s", printed)[-1].replace(",", ""))
 
 
+FIRST_RANK = '{"rank": 0,'   # how held.py's line of it begins
+
+
 def bytes_held(mode, flags, folder):
     """What the first process holds, in words"""
     printed = run_in_mode(["-m", "assessment.held"], mode, flags, folder)
-    for line in printed.splitlines():
-        if line.startswith('{"rank": 0,'):
-            held = json.loads(line)
+    held = json.loads(next(line for line in printed.splitlines() if line.startswith(FIRST_RANK)))
     return (
         f"{held['parameters'] / 1e6:.0f} MB of parameters, "
         f"{held['gradients'] / 1e6:.0f} of gradients, "
@@ -364,10 +367,11 @@ def processes(nanogpt, tiny):
             found[name] = {mode: ("tokens/s", values) for mode, values in speeds.items()}
             for mode, (n, _) in MODES.items():
                 ratio = statistics.median(speeds[mode]) / statistics.median(speeds["alone"])
+                held = bytes_held(mode, flags, folder)
                 print(
                     f"  {mode:6}{n} x {threads_each(n)} thread(s)  "
                     f"{spread(speeds[mode], ',.0f', ' tokens/s')}  {ratio:.2f} of alone; "
-                    f"holds {bytes_held(mode, flags, folder)}"
+                    f"holds {held}"
                 )
     return found
 
@@ -425,8 +429,8 @@ def profile_here(tiny):
     dtype = torch.bfloat16 if bf16 else torch.float32
     size = 64 if tiny else 2048
     speed = products_per_second(dtype, size)
-    print(f"its products are {flops / 1e9:,.0f} GFLOP; at the {speed / 1e9:,.0f} GFLOP/s of two "
-          f"{size} x {size} matrices they take {1e3 * flops / speed:,.1f} ms")
+    print(f"its products outside attention are {flops / 1e9:,.0f} GFLOP; at the {speed / 1e9:,.0f} "
+          f"GFLOP/s of two {size} x {size} matrices they would take {1e3 * flops / speed:,.1f} ms")
     return {"profile": {kind: ("ms", [ms]) for kind, ms in spent.items()}}
 
 
@@ -453,14 +457,14 @@ def write_csv(part, described, found):
 def obstacle(part, nanogpt, tiny, keep):
     """Why a part cannot be measured so, or None"""
     if tiny and part in WHOLE_COMMANDS:
-        return f"speed {part} times whole commands, which are not made tiny"
+        return f"the part {part} times whole commands, which are not made tiny: leave out --tiny"
     if part == "profile" and torch.cuda.is_available():
-        return "speed profile is for CPUs"
+        return "the part profile is for CPUs: hide the GPU with CUDA_VISIBLE_DEVICES="
     if keep and part in BESIDE_NANOGPT and not nanogpt:
-        return (f"speed {part} --csv needs --nanogpt=FOLDER, a clone of nanoGPT: it replaces that "
-                "comparison")
+        return (f"--csv replaces the figures of {part} beside nanoGPT's, so it needs "
+                "--nanogpt=FOLDER, a clone of nanoGPT")
     if keep and part == "decode" and not importlib.util.find_spec("transformers"):
-        return ("speed decode --csv replaces the comparison with transformers, which is not "
+        return ("--csv replaces the figures of decode beside those of transformers, which is not "
                 "installed: pip install -r requirements-dev.txt")
     return None
 
@@ -484,7 +488,8 @@ def read_command_line(argv):
         else:
             raise InputError(
                 f"speed {word}: unknown; choose from {', '.join(PARTS)}, or name none to run all; "
-                "--nanogpt=FOLDER is a clone of nanoGPT; --csv keeps the figures"
+                "--nanogpt=FOLDER is a clone of nanoGPT; --csv keeps the figures; --tiny only "
+                "shows that it works"
             )
     if keep and tiny:
         raise InputError("speed: --csv keeps figures, and those of --tiny mean nothing")
@@ -494,7 +499,7 @@ def read_command_line(argv):
         if not why_not:
             parts.append(part)
         elif named:
-            raise InputError(why_not)
+            raise InputError(f"speed: {why_not}")
         else:
             print(f"left out: {why_not}")
     return parts, nanogpt, tiny, keep

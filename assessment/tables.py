@@ -58,7 +58,7 @@ def values_of(rows, part, variant, measure="loss", step=None, length=None):
 
 @functools.cache
 def rows_of_claims():
-    for job in claims.with_other_flags(claims.finished()):
+    for job in claims.missing_or_changed(claims.finished()):
         name = " ".join(map(str, job))
         raise InputError(f"claims.csv: {name} is missing or has other flags than now: run "
                          f"python -m assessment claims {job.part}")
@@ -99,7 +99,7 @@ def best_rate(variant, optimizer="muon"):
     return rate, losses[rate]
 
 
-def share_recalled(variant, distance):
+def percent_recalled(variant, distance):
     """{seed: percent}"""
     return percent(claimed("recall", variant, "recall", length=distance))
 
@@ -126,7 +126,7 @@ def median(what, variant, T):
     return float(row_of_variants(what, variant, T)["median"])
 
 
-def milliseconds(what, variant, lengths):
+def medians_ms(what, variant, lengths):
     """{T: median}"""
     return {T: 1e3 * median(what, variant, T) for T in lengths}
 
@@ -298,7 +298,7 @@ def stretch():
 def recall():
     rows = {}
     for variant in PARTS["recall"].variants:
-        shares = [share_recalled(variant, n + 1) for n in REPEATED]
+        shares = [percent_recalled(variant, n + 1) for n in REPEATED]
         rows[TITLES.get(variant, variant)] = [mean_and_range(values) for values in shares]
     return [f"{n + 1} back" for n in REPEATED], rows
 
@@ -379,7 +379,7 @@ def answers(name):
     return [
         size.parameters, size.flops_16384, size.cache_16384,
         ratio("step", name, 2048), ratio("decode 8", name, 4096),
-        *compared, mean_and_range(share_recalled(name, 49)), PITFALLS[name], CHALLENGES[name],
+        *compared, mean_and_range(percent_recalled(name, 49)), PITFALLS[name], CHALLENGES[name],
     ]
 
 

@@ -259,7 +259,7 @@ def test_finished_runs_are_kept_and_not_made_again(made, capsys):
     assert len(jobs) == 3 + 24 + 3
 
 
-def test_run_with_other_flags_than_now_is_made_again(made, monkeypatch):
+def test_run_missing_or_changed_than_now_is_made_again(made, monkeypatch):
     jobs, _ = made
     run_claims("stretch")
     part = claims.PARTS["stretch"]
@@ -306,14 +306,14 @@ def test_texts_are_prepared_where_they_are_missing_and_that_of_recall_always(mon
 def test_run_that_is_missing_or_has_other_flags_than_now_is_in_no_table(made, monkeypatch):
     monkeypatch.setattr(claims, "PARTS", {"stretch": claims.PARTS["stretch"]})
     run_claims("stretch")
-    assert claims.with_other_flags(claims.finished()) == []
+    assert claims.missing_or_changed(claims.finished()) == []
     part = claims.PARTS["stretch"]
     monkeypatch.setitem(claims.PARTS, "stretch", part._replace(flags=("--weight_decay=0.2",)))
-    assert len(claims.with_other_flags(claims.finished())) == 3
+    assert len(claims.missing_or_changed(claims.finished())) == 3
     with pytest.raises(InputError, match="stretch .* other flags than now: run .* claims stretch"):
         tables.rows_of_claims.__wrapped__()   # without its cache
     monkeypatch.setitem(claims.PARTS, "stretch", part._replace(seeds=4))
-    assert [job.seed for job in claims.with_other_flags(claims.finished())] == [4]
+    assert [job.seed for job in claims.missing_or_changed(claims.finished())] == [4]
 
 
 def test_results_of_one_dtype_only(made, monkeypatch):
@@ -341,10 +341,37 @@ def test_run_that_fails_stops_no_other_and_is_made_again(made, capsys):
     assert len(jobs) == 3
 
 
+def test_run_that_fails_when_made_again_leaves_the_earlier_result(made):
+    jobs, run = made
+    run_claims("stretch")
+    before = Path("results/claims.csv").read_text()
+    run.failing = True
+    fails(assessment.__main__, "claims", "stretch", "--again", match="1 of 3 .* is as it was")
+    assert len(jobs) == 3 + 2
+    assert Path("results/claims.csv").read_text() == before
+
+
+def test_rows_of_a_job_are_its_flags_its_text_its_losses_and_what_is_looked_up(monkeypatch):
+    monkeypatch.setattr(claims, "hash_of_text", lambda data: f"hash of {data}")
+    monkeypatch.setattr(claims, "train_quietly", lambda out, flags: {0: 4.0, 300: 1.5})
+    part = claims.PARTS["stretch"]._replace(look=lambda *job_out_flags: [("plain", 300, 256, 2.0)])
+    monkeypatch.setitem(claims.PARTS, "stretch", part)
+    job = claims.Job("stretch", "tiny", "rope", 1)
+    rows = claims.rows_of_job(job, ["--block_size=64"])
+    assert {row[:4] for row in rows} == {job}
+    assert [row[4:] for row in rows] == [
+        ("flags", 0, 64, claims.recorded(["--block_size=64"])),
+        ("text", 0, 64, "hash of tiny"),
+        ("loss", 0, 64, "4.0000"),
+        ("loss", 300, 64, "1.5000"),
+        ("plain", 300, 256, "2.0000"),
+    ]
+
+
 @needs_linux
 def test_two_claims_at_once_do_not_overwrite_each_other(made):
     with locked(Path("results")):
-        fails(assessment.__main__, "claims", "stretch", match="another claims writes to results")
+        fails(assessment.__main__, "claims", "stretch", match="is writing to results: wait")
     run_claims("stretch")
 
 
