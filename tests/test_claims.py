@@ -380,5 +380,29 @@ def test_seeds_that_do_not_match_are_not_compared():
         tables.difference({1: 1.0, 2: 2.1}, {1: 0.5, 3: 1.5})
 
 
+@pytest.mark.parametrize("n", [1, 10])
+def test_interval_of_a_number_of_values_without_its_t_is_refused(n):
+    with pytest.raises(InputError, match=f"2 to 9 or 25 values, found {n}"):
+        measure.interval([1.0] * n)
+
+
+def test_values_at_several_lengths_are_not_mixed():
+    rows = [{"part": "stretch", "variant": "rope", "measure": "plain", "step": "300", "seed": seed,
+             "length": length, "value": "2.0"} for seed in "123" for length in ("128", "256")]
+    with pytest.raises(InputError, match="at 2 lengths"):
+        tables.values_of(rows, "stretch", "rope", "plain")
+    found = tables.values_of(rows, "stretch", "rope", "plain", length=256)
+    assert found == {1: 2.0, 2: 2.0, 3: 2.0}
+
+
+def test_run_that_was_stopped_is_not_taken_for_a_finished_one(monkeypatch):
+    def stopped(flags):
+        Path("out").mkdir()
+        Path("out/metrics.csv").write_text("step,val_loss\n0,4.0\n200,2.0\n")
+    monkeypatch.setattr(train, "main", stopped)
+    with pytest.raises(InputError, match="stopped before its last step"):
+        small_models.train_quietly(Path("out"), [])
+
+
 def test_unknown_part_is_one_clear_line():
     fails(assessment.__main__, "claims", "nothing", match="claims nothing: unknown part")
