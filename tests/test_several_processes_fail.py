@@ -182,7 +182,7 @@ def kill_one(process, several, rng):
         time.sleep(3 * rng.random())
     else:
         for line in process.stdout:
-            if line.startswith("step "):
+            if "| loss" in line:   # after training steps, each of which has left a checkpoint
                 break
         time.sleep(0.4 * rng.random())
     try:
@@ -196,11 +196,12 @@ def kill_one(process, several, rng):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["one", "ddp", "fsdp"])
 def test_run_killed_67_times_and_resumed_is_exact_to_the_bit(mode):
-    flags = [*TINY, "--max_iters=5000", "--dropout=0.1", "--checkpoint_interval=1",
+    several = mode != "one"
+    steps = 3000 if several else 5000   # more than 67 runs get to
+    flags = [*TINY, f"--max_iters={steps}", "--dropout=0.1", "--checkpoint_interval=1",
              "--eval_interval=50", "--log_interval=10"]
     if mode == "fsdp":
         flags.append("--fsdp")
-    several = mode != "one"
     begin = functools.partial(torchrun, HERE / "train.py") if several else start
 
     def to_the_end(*more):
@@ -217,8 +218,8 @@ def test_run_killed_67_times_and_resumed_is_exact_to_the_bit(mode):
         kill_one(process, several, rng)
         died += process.returncode != 0
         if Path("out/ckpt.pt").exists():   # readable after every kill
-            assert checkpoint()["step"] < 5000, f"it came to its end after {died} kills"
+            assert checkpoint()["step"] < steps, f"it came to its end after {died} kills"
     to_the_end("--init_from=auto")
-    assert checkpoint()["step"] == 5000
+    assert checkpoint()["step"] == steps
     assert same_state(Path("out"), Path("whole"))
     assert val_losses() == val_losses("whole/metrics.csv")
