@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from every_mode import train_every_mode
-from helpers import Server, prepare_tiny
+from helpers import Server, needs_loopback, prepare_tiny
 
 from model import GPT
 from plumbing.errors import InputError
@@ -68,6 +68,7 @@ def gpt2_tokenizer():
 @pytest.fixture
 def server():
     """The address of a server of our own, which helpers.Server describes"""
+    needs_loopback()
     Server.files = {"/f": bytes(range(256)) * 4000}
     Server.fault = None
     Server.cut_after = 300_000

@@ -133,8 +133,18 @@ def start(*argv, script="train.py"):
     return open_process([sys.executable, str(HERE / script), *argv])
 
 
+def needs_loopback():
+    """Skip where a process cannot reach its own machine: under `unshare -n`, for example."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        try:
+            socket.create_connection(listener.getsockname(), timeout=5).close()
+        except OSError:
+            pytest.skip("the loopback interface is down: ip link set lo up")
+
+
 def torchrun(script, *argv, n=2, options=("--standalone",), cwd=None):
     """Start a script in n processes, as a user would."""
+    needs_loopback()
     command = [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc_per_node={n}"]
     return open_process([*command, str(script), *argv], cwd)
 
